@@ -1,0 +1,18 @@
+"""jaxdiff: diffusion models in JAX. A sampler is data: a table of coefficients."""
+
+from jaxdiff import grids as grids
+from jaxdiff import guidance as guidance
+from jaxdiff import predictions as predictions
+from jaxdiff import processes as processes
+from jaxdiff import solvers as solvers
+from jaxdiff.denoisers import Denoiser as Denoiser
+from jaxdiff.denoisers import GaussianMixture as GaussianMixture
+from jaxdiff.denoisers import clip_x0 as clip_x0
+from jaxdiff.denoisers import dynamic_threshold as dynamic_threshold
+from jaxdiff.denoisers import gaussian_mixture as gaussian_mixture
+from jaxdiff.denoisers import precondition as precondition
+from jaxdiff.noise import BrownianPath as BrownianPath
+from jaxdiff.noise import sample_keys as sample_keys
+from jaxdiff.sampling import Control as Control
+from jaxdiff.sampling import State as State
+from jaxdiff.sampling import sample as sample

@@ -1,0 +1,34 @@
+"""Which array namespace a formula runs in.
+
+Schedules, grids and tableaux are written once and run twice: in float64 NumPy on the host by
+default, in JAX when a value is traced (someone differentiates or vmaps over a schedule or a grid).
+"""
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def namespace(*values: Any) -> ModuleType:
+    """`jax.numpy` if any leaf of `values` is a JAX array or tracer, else `numpy`."""
+    leaves = jax.tree.leaves(values)
+    return jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether every leaf has a value that the host may look at (no tracer among them)."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def to_batch(coefficient: Any, x: Any) -> Any:
+    """Reshape a `[batch]` coefficient so that it multiplies `x` of shape `[batch, ...]`.
+
+    Scalars, and arrays that already have several axes, pass unchanged.
+    """
+    shape = np.shape(coefficient)
+    if len(shape) != 1:
+        return coefficient
+    return coefficient.reshape(shape + (1,) * (np.ndim(x) - 1))

@@ -1,0 +1,405 @@
+"""Denoisers: what a sampler evaluates.
+
+A denoiser is a pytree around any function of (x, t): parameters and strengths are leaves, the
+function and the kind of its prediction are static, so new parameters never recompile. Everything
+that changes what is sampled (thresholding, guidance) is a function from denoisers to denoisers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxdiff.arrays import is_concrete, to_batch
+from jaxdiff.predictions import check_prediction, convert
+
+
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A function and what it predicts.
+
+    Attributes:
+      fn: `fn([params,] x, t[, cond])`: params is passed if it is not None, cond if one is given to
+        `sample`. x is the state, leaves [batch, ...]; t is what `time` returns, by default the
+        scalar t of the row. Returns the prediction, with x's structure and shapes. Use one
+        module-level function (or a hashable object): a fresh closure recompiles.
+      prediction: one of `jaxdiff.predictions.PREDICTIONS`; or a tuple of them, and then fn returns a
+        tuple of predictions (for samplers that use, say, a clipped x0 and the unclipped eps).
+      params: pytree passed first to fn.
+      time: `(t, alpha, sigma) -> what the network wants`; None passes t.
+      memory: pytree kept from one evaluation to the next (cached features, counters); if given, fn
+        is called with `memory=...` and returns (prediction, new memory).
+      cost: network evaluations a call, for reports (2 under classifier-free guidance).
+    """
+
+    fn: Callable = _static(dataclasses.MISSING)
+    prediction: str | tuple[str, ...] = _static("eps")
+    params: Any = None
+    time: Callable | None = _static(None)
+    memory: Any = None
+    cost: int = _static(1)
+
+    def __post_init__(self):
+        if not callable(self.fn):
+            raise TypeError(f"fn must be callable, got {self.fn!r}")
+        for name in self.predictions:
+            check_prediction(name)
+
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """The predictions as a tuple, also where there is one."""
+        return (self.prediction,) if isinstance(self.prediction, str) else tuple(self.prediction)
+
+    def evaluate(
+        self, x: Any, t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, cond: Any, memory: Any
+    ) -> tuple[Any, Any]:
+        """(prediction, new memory) at x_t = x; `t`, `alpha`, `sigma` scalars or [batch]."""
+        args = () if self.params is None else (self.params,)
+        args += (x, t if self.time is None else self.time(t, alpha, sigma))
+        args += () if cond is None else (cond,)
+        if self.memory is None:
+            return self.fn(*args), memory
+        return self.fn(*args, memory=memory)
+
+    def __call__(
+        self, x: Any, t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, cond: Any = None
+    ) -> Any:
+        """The prediction at x_t = x, from the initial memory if there is one."""
+        return self.evaluate(x, t, alpha, sigma, cond, self.memory)[0]
+
+    def predict(
+        self, target: str, x: Any, t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike,
+        cond: Any = None,
+    ) -> Any:  # fmt: skip
+        """The prediction converted to `target`; a tuple prediction converts its first."""
+        out = self(x, t, alpha, sigma, cond)
+        if not isinstance(self.prediction, str):
+            out = out[0]
+        return convert(out, x, self.predictions[0], target, alpha, sigma)
+
+
+def level(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> tuple[Any, Any, Any]:
+    """`Denoiser.time` for functions that want all of (t, alpha, sigma)."""
+    return t, alpha, sigma
+
+
+def wrap(
+    fn: Callable, denoiser: Denoiser, strengths: Any, prediction: str | tuple[str, ...],
+    cost: int | None = None,
+) -> Denoiser:  # fmt: skip
+    """A denoiser over a denoiser: fn(evaluate, strengths, x, (t, alpha, sigma), cond).
+
+    `evaluate(x, t, alpha, sigma, cond)` calls the inner denoiser and keeps its memory. `strengths`
+    are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level function.
+    """
+    return Denoiser(
+        fn=_Wrapped(fn),
+        prediction=prediction,
+        params=(denoiser, strengths),
+        time=level,
+        memory=denoiser.memory,
+        cost=denoiser.cost if cost is None else cost,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wrapped:
+    fn: Callable
+
+    def __call__(self, params, x, levels, cond=None, memory=None):
+        inner, strengths = params
+        cell = [memory]
+
+        def evaluate(x, t, alpha, sigma, cond):
+            out, cell[0] = inner.evaluate(x, t, alpha, sigma, cond, cell[0])
+            return out
+
+        out = self.fn(evaluate, strengths, x, levels, cond)
+        return out if inner.memory is None else (out, cell[0])
+
+
+# --- thresholding ---------------------------------------------------------------------------------
+
+
+def clip_x0(
+    denoiser: Denoiser, low: ArrayLike = -1.0, high: ArrayLike = 1.0, keep_eps: bool = False
+) -> Denoiser:
+    """Static thresholding: the denoised x0 clipped to [low, high].
+
+    `keep_eps=True` predicts ("x0", "eps") with x0 clipped and eps not, as DDPM's reference code and
+    diffusers' DDIM default do; use it with `ddim(grid, outputs=2)`.
+    """
+    if is_concrete(low, high) and not np.all(np.asarray(low) < np.asarray(high)):
+        raise ValueError(f"need low < high, got {low!r} and {high!r}")
+    return _threshold(_clip, denoiser, (low, high), keep_eps)
+
+
+def dynamic_threshold(
+    denoiser: Denoiser, quantile: ArrayLike = 0.995, max_value: ArrayLike | None = None,
+    keep_eps: bool = False,
+) -> Denoiser:  # fmt: skip
+    """Dynamic thresholding of the denoised x0 (Saharia et al., "Imagen", 2022, section 2.3).
+
+    Per sample, s = the `quantile` of |x0| (in [0, 1]), at least 1; x0 is clipped to [-s, s] and
+    divided by s. `max_value` caps s from above (diffusers' `sample_max_value`). `keep_eps` as in
+    `clip_x0`.
+    """
+    if is_concrete(quantile) and not 0 < quantile <= 1:
+        raise ValueError(f"quantile must lie in (0, 1], got {quantile!r}")
+    if max_value is not None and is_concrete(max_value) and not max_value >= 1:
+        raise ValueError(f"max_value must be at least 1, got {max_value!r}")
+    cap = jnp.inf if max_value is None else max_value
+    return _threshold(_dynamic, denoiser, (quantile, cap), keep_eps)
+
+
+def _threshold(rule, denoiser: Denoiser, strengths: Any, keep_eps: bool) -> Denoiser:
+    if not isinstance(denoiser.prediction, str):
+        raise ValueError(f"thresholding takes one prediction, got {denoiser.prediction}")
+    prediction = ("x0", "eps") if keep_eps else "x0"
+    return wrap(_Threshold(rule, denoiser.prediction, keep_eps), denoiser, strengths, prediction)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Threshold:
+    rule: Callable
+    source: str
+    keep_eps: bool
+
+    def __call__(self, evaluate, strengths, x, levels, cond):
+        t, alpha, sigma = levels
+        out = evaluate(x, t, alpha, sigma, cond)
+        x0 = convert(out, x, self.source, "x0", alpha, sigma)
+        x0 = jax.tree.map(lambda a: self.rule(a, *strengths), x0)
+        if not self.keep_eps:
+            return x0
+        return x0, convert(out, x, self.source, "eps", alpha, sigma)
+
+
+def _clip(x0, low, high):
+    return jnp.clip(x0, low, high)
+
+
+def _dynamic(x0, quantile, cap):
+    size = jnp.quantile(jnp.abs(x0.reshape(x0.shape[0], -1)), quantile, axis=1)
+    size = to_batch(jnp.clip(size, 1.0, cap).astype(x0.dtype), x0)
+    return jnp.clip(x0, -size, size) / size
+
+
+# --- preconditioning ------------------------------------------------------------------------------
+
+
+def precondition(
+    fn: Callable, sigma_data: ArrayLike = 0.5, params: Any = None, time: Callable | None = None
+) -> Denoiser:
+    """EDM's preconditioning for any (alpha, sigma): an x0 denoiser from a raw network F.
+
+    x0 = c_skip x + c_out F(c_in x, c_noise) with s = sigma_data and S = alpha^2 s^2 + sigma^2,
+
+        c_in = 1 / sqrt(S),  c_skip = alpha s^2 / S,  c_out = sigma s / sqrt(S),
+        c_noise = -lambda / 4 = log(sigma / alpha) / 4,
+
+    the choice that gives F unit-variance inputs and targets and the least error amplification;
+    alpha = 1 is Karras et al. (2022), table 1 and appendix B.6. `time(t, alpha, sigma)` replaces
+    c_noise. fn is called as `fn([params,] c_in x, c_noise[, cond])`.
+    """
+    if is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
+        raise ValueError(f"sigma_data must be positive, got {sigma_data!r}")
+    return Denoiser(_Preconditioned(fn, time or _c_noise, params is not None),
+                    "x0", (params, sigma_data), level)  # fmt: skip
+
+
+def _c_noise(t, alpha, sigma):
+    return 0.25 * (jnp.log(sigma) - jnp.log(alpha))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preconditioned:
+    fn: Callable
+    time: Callable
+    has_params: bool
+
+    def __call__(self, params, x, levels, cond=None):
+        (net_params, sigma_data), (t, alpha, sigma) = params, levels
+        size = jnp.sqrt((alpha * sigma_data) ** 2 + sigma**2)
+        args = (net_params,) if self.has_params else ()
+
+        def scaled(coefficient, tree):
+            return jax.tree.map(lambda a: to_batch(coefficient, a).astype(a.dtype) * a, tree)
+
+        args += (scaled(1.0 / size, x), self.time(t, alpha, sigma))
+        out = self.fn(*args, *(() if cond is None else (cond,)))
+        skip, gain = alpha * sigma_data**2 / size**2, sigma * sigma_data / size
+        return jax.tree.map(jnp.add, scaled(skip, x), scaled(gain, out))
+
+
+# --- the exact denoiser of a Gaussian mixture -----------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianMixture:
+    """p(x_0) = sum_k w_k N(m_k, V_k): everything about its diffusion in closed form.
+
+    x_t has components N(alpha m_k, alpha^2 V_k + sigma^2 I). V_k = Q_k diag(variances_k) Q_k^T is
+    kept in its eigenbasis. Built by `gaussian_mixture`; methods take x [batch, dim], and alpha and
+    sigma as scalars or [batch].
+    """
+
+    means: Array
+    variances: Array
+    rotations: Array | None
+    log_weights: Array
+    process: Any = None
+
+    def at(self, t: ArrayLike) -> tuple[Any, Any]:
+        """(alpha, sigma) of the mixture's process at t: `mixture.score(x, *mixture.at(t))`."""
+        if self.process is None:
+            raise ValueError("this mixture was built without a process: pass alpha and sigma")
+        return self.process.alpha(t), self.process.sigma(t)
+
+    def _components(self, x, alpha, sigma):
+        """Per component: x - alpha m_k in the eigenbasis, its variances, log w_k N(x; ...)."""
+        alpha, sigma = (jnp.asarray(c, x.dtype)[..., None, None] for c in (alpha, sigma))
+        delta = x[..., None, :] - alpha * self.means
+        if self.rotations is not None:
+            delta = jnp.einsum("kij,...ki->...kj", self.rotations, delta)
+        variance = alpha**2 * self.variances + sigma**2
+        log_density = -0.5 * jnp.sum(delta**2 / variance + jnp.log(2 * jnp.pi * variance), -1)
+        return delta, variance, self.log_weights + log_density
+
+    def _back(self, y):
+        return y if self.rotations is None else jnp.einsum("kij,...kj->...ki", self.rotations, y)
+
+    def log_density(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> Float[Array, " batch"]:
+        """log p_t(x) in nats, [batch]; alpha = 1, sigma = 0 is the data density."""
+        return jax.nn.logsumexp(self._components(x, alpha, sigma)[2], axis=-1)
+
+    def score(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+        """Gradient of log p_t at x, [batch, dim]."""
+        delta, variance, log_joint = self._components(x, alpha, sigma)
+        weights = jax.nn.softmax(log_joint, -1)[..., None]
+        return -jnp.sum(weights * self._back(delta / variance), -2)
+
+    def responsibilities(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+        """Posterior probability of each component given x_t = x, [batch, components]."""
+        return jax.nn.softmax(self._components(x, alpha, sigma)[2], -1)
+
+    def posterior(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> tuple[Array, Array]:
+        """E[x_0 | x_t = x], [batch, dim], and Cov[x_0 | x_t = x], [batch, dim, dim]."""
+        means, local, weights = self._component_posteriors(x, alpha, sigma)
+        mean = jnp.sum(weights[..., None] * means, -2)
+        centred = means - mean[..., None, :]
+        basis = (
+            jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), (*local.shape, x.shape[-1]))
+            if self.rotations is None
+            else jnp.broadcast_to(self.rotations, (*local.shape, x.shape[-1]))
+        )
+        within = jnp.einsum("...k,...kia,...ka,...kja->...ij", weights, basis, local, basis)
+        between = jnp.einsum("...k,...ki,...kj->...ij", weights, centred, centred)
+        return mean, within + between
+
+    def _component_posteriors(self, x, alpha, sigma):
+        delta, variance, log_joint = self._components(x, alpha, sigma)
+        a, s = (jnp.asarray(c, x.dtype)[..., None, None] for c in (alpha, sigma))
+        means = self.means + self._back(a * self.variances / variance * delta)
+        return means, self.variances * s**2 / variance, jax.nn.softmax(log_joint, -1)
+
+    def denoise(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+        """E[x_0 | x_t = x], [batch, dim]."""
+        means, _, weights = self._component_posteriors(x, alpha, sigma)
+        return jnp.sum(weights[..., None] * means, -2)
+
+    def expected_noise(self, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+        """E[eps | x_t = x] = -sigma score, without the cancellation of (x - alpha x0) / sigma."""
+        sigma_ = to_batch(jnp.asarray(sigma, x.dtype), x)
+        return -sigma_ * self.score(x, alpha, sigma)
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """x_0 [*shape, dim] and the component each came from, [*shape]."""
+        key_component, key_noise = jax.random.split(key)
+        k = jax.random.categorical(key_component, self.log_weights, shape=shape)
+        z = jax.random.normal(key_noise, (*shape, self.means.shape[1]), self.means.dtype)
+        z = jnp.sqrt(self.variances[k]) * z
+        if self.rotations is not None:
+            z = jnp.einsum("...ij,...j->...i", self.rotations[k], z)
+        return self.means[k] + z, k
+
+
+@dataclasses.dataclass(frozen=True)
+class _MixtureFn:
+    prediction: str
+
+    def __call__(self, mixture, x, levels, cond=None):
+        t, alpha, sigma = levels
+        if self.prediction == "x0":
+            return mixture.denoise(x, alpha, sigma)
+        eps = mixture.expected_noise(x, alpha, sigma)
+        if self.prediction == "eps":
+            return eps
+        # The pair (x0, eps) is known, so no conversion divides by alpha or sigma.
+        x0 = mixture.denoise(x, alpha, sigma)
+        a, b = {
+            "v": (-sigma, alpha), "flow": (-1.0, 1.0), "score": (0.0, -1.0 / sigma)
+        }[self.prediction]  # fmt: skip
+        return to_batch(a, x) * x0 + to_batch(b, x) * eps
+
+
+def gaussian_mixture(
+    means: ArrayLike, scales: ArrayLike, weights: ArrayLike, process: Any = None,
+    prediction: str = "x0", dtype: Any = None,
+) -> Denoiser:  # fmt: skip
+    """The exact denoiser of a Gaussian mixture: no training, any dimension, closed form.
+
+    Arguments:
+      means: [components, dim].
+      scales: standard deviations [components] or [components, dim], or covariances
+        [components, dim, dim].
+      weights: [components], positive; normalised to sum to 1.
+      process: kept for `GaussianMixture.at`; sampling itself gets alpha and sigma with every call.
+      prediction: what it predicts, one of `jaxdiff.predictions.PREDICTIONS`.
+
+    Returns a Denoiser whose `params` is the `GaussianMixture`, with its log-density, score,
+    posterior moments and samples. Raises ValueError for shapes that do not match, non-positive
+    scales or weights, or covariances that are not symmetric positive semi-definite.
+    """
+    means, scales, weights = (np.asarray(a, np.float64) for a in (means, scales, weights))
+    if means.ndim != 2:
+        raise ValueError(f"means must be [components, dim], got shape {means.shape}")
+    count, dim = means.shape
+    if weights.shape != (count,) or not np.all(weights > 0):
+        raise ValueError(f"weights must be {count} positive numbers, got {weights}")
+    rotations = None
+    if scales.shape in ((count,), (count, dim)) and not (scales.ndim == 1 and count == 0):
+        if not np.all(scales >= 0):
+            raise ValueError("standard deviations must not be negative")
+        variances = np.broadcast_to((scales**2).reshape(count, -1), (count, dim))
+    elif scales.shape == (count, dim, dim):
+        if not np.allclose(scales, np.swapaxes(scales, 1, 2)):
+            raise ValueError("covariances must be symmetric")
+        variances, rotations = np.linalg.eigh(scales)
+        if np.any(variances < -1e-10 * np.abs(variances).max()):
+            raise ValueError("covariances must be positive semi-definite")
+        variances = np.maximum(variances, 0.0)
+    else:
+        raise ValueError(
+            f"scales must have shape ({count},), ({count}, {dim}) or ({count}, {dim}, {dim}), got "
+            f"{scales.shape}"
+        )
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    as_leaf = lambda a: None if a is None else jnp.asarray(a, dtype)  # noqa: E731
+    mixture = GaussianMixture(
+        as_leaf(means), as_leaf(variances), as_leaf(rotations),
+        as_leaf(np.log(weights / weights.sum())), process,
+    )  # fmt: skip
+    return Denoiser(_MixtureFn(prediction), prediction, mixture, level)

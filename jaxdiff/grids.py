@@ -1,0 +1,352 @@
+"""Grids: the noise levels a sampler visits.
+
+A grid is n + 1 nodes (t, alpha, sigma) from noise to data with lambda = log(alpha / sigma) strictly
+increasing, for n steps. It is data: a solver never looks a timestep up or recomputes one. t may
+repeat (discrete networks round it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import ArrayLike
+
+from jaxdiff.arrays import is_concrete, namespace
+from jaxdiff.processes import DDPM, Process, VariancePreserving, ZeroTerminalSNR
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """n + 1 nodes from noise to data; see the functions of this module.
+
+    Attributes:
+      t, alpha, sigma: arrays [n + 1].
+      ends: static; (alpha is 0 at the noise end, sigma is 0 at the data end).
+      backward: static; True if the nodes run from data to noise (`reversed`).
+    """
+
+    t: Any
+    alpha: Any
+    sigma: Any
+    _process: Process | None = None
+    ends: tuple[bool, bool] = dataclasses.field(default=(False, False), metadata={"static": True})
+    backward: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __len__(self) -> int:
+        return self.t.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, one less than the number of nodes."""
+        return len(self) - 1
+
+    @property
+    def xp(self):
+        """The array namespace the nodes live in: numpy, or jax.numpy when they are traced."""
+        return namespace(self.t, self.alpha, self.sigma)
+
+    @property
+    def lam(self) -> Any:
+        """The half-log-SNR of the nodes, [n + 1]; infinite at the ends that `ends` names."""
+        xp = self.xp
+        no_alpha, no_sigma = (xp.asarray(m) for m in self._end_masks())
+        # A safe argument under the mask: the unused logarithm must not poison a gradient.
+        lam = xp.log(xp.where(no_alpha, 1.0, self.alpha)) - xp.log(
+            xp.where(no_sigma, 1.0, self.sigma)
+        )
+        return xp.where(no_alpha, -np.inf, xp.where(no_sigma, np.inf, lam))
+
+    def _end_masks(self):
+        nodes = np.arange(len(self))
+        noise, data = (len(self) - 1, 0) if self.backward else (0, len(self) - 1)
+        return (nodes == noise) & self.ends[0], (nodes == data) & self.ends[1]
+
+    def node(self, i: int) -> tuple[Any, Any, Any]:
+        """(t, alpha, sigma) of node i."""
+        return self.t[i], self.alpha[i], self.sigma[i]
+
+    def at(self, lam: ArrayLike) -> tuple[Any, Any, Any]:
+        """(t, alpha, sigma) at half-log-SNR `lam`, within the grid's span.
+
+        Exact if the grid came from a process. From arrays, t is interpolated by the monotone cubic
+        of Fritsch & Butland (1984) in lambda, and alpha, sigma follow from alpha / sigma =
+        exp(lambda) with whichever of alpha, alpha + sigma, alpha^2 + sigma^2 is constant over the
+        nodes (else the last is interpolated).
+        """
+        if self._process is not None:
+            t = self._process.time(lam)
+            return t, self._process.alpha(t), self._process.sigma(t)
+        return _interpolate(self, lam)
+
+    def rates(self) -> tuple[Any, Any]:
+        """(f, g^2) of the forward SDE at the nodes. Raises ValueError for a grid from arrays."""
+        if self._process is None:
+            raise ValueError(
+                "a grid from arrays has no process, so no drift and diffusion: build it from a "
+                "process (jaxdiff.grids.from_times(process, t))"
+            )
+        return self._process.rates(self.t)
+
+    def insert(self, lam: ArrayLike) -> Grid:
+        """The grid with one more node at half-log-SNR `lam`, strictly between two nodes."""
+        xp = namespace(self, lam)
+        where = xp.searchsorted(-self.lam if self.backward else self.lam,
+                                -lam if self.backward else lam)  # fmt: skip
+        new = [xp.insert(a, where, b) for a, b in zip(self.node(slice(None)), self.at(lam))]
+        return _grid(*new, self._process, self.ends, self.backward)
+
+    def reversed(self) -> Grid:
+        """The same nodes from data to noise: an encoder's grid."""
+        return dataclasses.replace(
+            self, t=self.t[::-1], alpha=self.alpha[::-1], sigma=self.sigma[::-1],
+            backward=not self.backward,
+        )  # fmt: skip
+
+
+def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) -> Grid:
+    """Check the nodes where the host can see them, and build the grid."""
+    if not (np.ndim(t) == 1 and np.shape(t) == np.shape(alpha) == np.shape(sigma)):
+        raise ValueError(
+            "t, alpha and sigma must be vectors of one length, got shapes "
+            f"{np.shape(t)}, {np.shape(alpha)}, {np.shape(sigma)}"
+        )
+    if np.shape(t)[0] < 2:
+        raise ValueError(f"a grid needs at least 2 nodes (1 step), got {np.shape(t)[0]}")
+    if is_concrete(t, alpha, sigma):
+        nodes = np.asarray(t, np.float64), np.asarray(alpha, np.float64), np.asarray(sigma, float)
+        if not all(np.all(np.isfinite(a)) for a in nodes):
+            raise ValueError("t, alpha and sigma must be finite at every node")
+        ends = (bool(nodes[1][-1 if backward else 0] == 0), bool(nodes[2][0 if backward else -1] == 0))
+        if namespace(t, alpha, sigma) is np:
+            t, alpha, sigma = nodes
+    grid = Grid(t, alpha, sigma, process, ends, backward)
+    if is_concrete(t, alpha, sigma):
+        inner_alpha = np.delete(nodes[1], -1 if backward else 0)
+        inner_sigma = np.delete(nodes[2], 0 if backward else -1)
+        if np.any(inner_alpha <= 0) or np.any(inner_sigma <= 0) or min(map(np.min, nodes[1:])) < 0:
+            raise ValueError(
+                "alpha and sigma must be positive; only the first node may have alpha = 0 and only "
+                f"the last sigma = 0. Got alpha={nodes[1]}, sigma={nodes[2]}"
+            )
+        lam = np.asarray(grid.lam)
+        bad = np.flatnonzero(~(np.diff(-lam if backward else lam) > 0))
+        if bad.size:
+            i = int(bad[0])
+            raise ValueError(
+                "half-log-SNR log(alpha / sigma) must strictly increase from noise to data, but "
+                f"nodes {i} and {i + 1} have {lam[i]:.6g} and {lam[i + 1]:.6g}"
+            )
+    return grid
+
+
+def _pchip(xp, nodes, values, x):
+    """Monotone piecewise-cubic interpolation (Fritsch & Butland 1984), `nodes` increasing."""
+    h = nodes[1:] - nodes[:-1]
+    slope = (values[1:] - values[:-1]) / h
+    inner = xp.zeros_like(values[1:-1])
+    w1, w2 = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
+    same = slope[1:] * slope[:-1] > 0
+    left, right = xp.where(same, slope[:-1], 1.0), xp.where(same, slope[1:], 1.0)
+    inner = xp.where(same, (w1 + w2) / (w1 / left + w2 / right), inner)
+    d = xp.concatenate([slope[:1], inner, slope[-1:]])
+    i = xp.clip(xp.searchsorted(nodes, x, side="right") - 1, 0, nodes.shape[0] - 2)
+    u = (x - nodes[i]) / h[i]
+    return (
+        values[i] * (1 + 2 * u) * (1 - u) ** 2 + values[i + 1] * u**2 * (3 - 2 * u)
+        + h[i] * u * (1 - u) * (d[i] * (1 - u) - d[i + 1] * u)
+    )  # fmt: skip
+
+
+def _interpolate(grid: Grid, lam: ArrayLike) -> tuple[Any, Any, Any]:
+    xp = namespace(grid, lam)
+    keep = slice(int(grid.ends[0]), len(grid) - int(grid.ends[1]))
+    order = slice(None, None, -1) if grid.backward else slice(None)
+    t, alpha, sigma, nodes = (
+        a[order][keep] for a in (grid.t, grid.alpha, grid.sigma, grid.lam)
+    )  # fmt: skip
+    if nodes.shape[0] < 2:
+        raise ValueError("interpolation needs two nodes with finite half-log-SNR")
+    if is_concrete(nodes, lam) and not np.all((lam >= nodes[0] - 1e-9) & (lam <= nodes[-1] + 1e-9)):
+        raise ValueError(f"half-log-SNR {lam} lies outside the grid's [{nodes[0]}, {nodes[-1]}]")
+    new_t = _pchip(xp, nodes, t, lam)
+    softplus = xp.logaddexp(xp.zeros_like(lam * 1.0), lam)  # log(1 + alpha / sigma)
+    unit_sigma = {
+        "alpha": -lam,
+        "sum": -softplus,
+        "square": -0.5 * xp.logaddexp(xp.zeros_like(lam * 1.0), 2.0 * lam),
+    }
+    kind, log_size = "square", 0.5 * xp.log(alpha**2 + sigma**2)
+    if is_concrete(alpha, sigma):
+        for name, size in (("alpha", alpha), ("sum", alpha + sigma)):
+            if np.ptp(np.log(size)) < 1e-12:
+                kind, log_size = name, xp.log(size)
+    new_sigma = xp.exp(unit_sigma[kind] + _pchip(xp, nodes, log_size, lam))
+    return new_t, new_sigma * xp.exp(lam), new_sigma
+
+
+def from_arrays(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Grid:
+    """A grid of any nodes, noise to data, each a vector [n + 1].
+
+    Raises ValueError if log(alpha / sigma) does not strictly increase, or alpha or sigma is not
+    positive (the first node may have alpha = 0, the last sigma = 0).
+    """
+    xp = namespace(t, alpha, sigma)
+    return _grid(xp.asarray(t), xp.asarray(alpha), xp.asarray(sigma))
+
+
+def from_times(process: Process, t: ArrayLike, end: str = "t_min") -> Grid:
+    """The nodes of `process` at the times `t`, noise to data.
+
+    `end="zero"` appends a last node with sigma = 0, alpha = 1: a final step to the data itself.
+    Times may be traced, to differentiate with respect to them.
+    """
+    _check_end(end)
+    xp = namespace(t, process)
+    t = xp.asarray(t)
+    if t.ndim != 1 or t.shape[0] < (2 if end == "t_min" else 1):
+        raise ValueError(f"times must be a vector of at least 2 nodes, got shape {t.shape}")
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    last = process.t_min if process.data_time is None else process.data_time
+    if end == "zero":
+        t, alpha, sigma = (
+            xp.concatenate([a, xp.full((1,), b, dtype=a.dtype)])
+            for a, b in ((t * 1.0, last), (alpha, 1.0), (sigma, 0.0))
+        )
+    # Used only where the host cannot look at the nodes: then the span tells where the limits are.
+    ends = (process.t_max == process.noise_time, end == "zero" or process.t_min == process.data_time)
+    return _grid(t, alpha, sigma, process, ends)
+
+
+def _check_end(end: str) -> None:
+    if end not in ("t_min", "zero"):
+        raise ValueError(f"end must be 't_min' or 'zero', got {end!r}")
+
+
+def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, Any, Any]:
+    """Ends of the span, and fractions 0..1 of its nodes."""
+    _check_end(end)
+    if not isinstance(process, Process):
+        raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
+    t_max = process.t_max if t_max is None else t_max
+    t_min = process.t_min if t_min is None else t_min
+    if is_concrete(t_max, t_min) and not t_max > t_min:
+        raise ValueError(f"need t_max > t_min, got {t_max!r} and {t_min!r}")
+    # With a separate last node at sigma = 0 the span carries one node less.
+    nodes = steps if end == "zero" else steps + 1
+    return t_max, t_min, np.linspace(0.0, 1.0, nodes)
+
+
+def uniform(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in t from t_max to t_min (the process's span by default)."""
+    return power(process, steps, 1.0, t_max=t_max, t_min=t_min, end=end)
+
+
+def power(
+    process: Process, steps: int, exponent: float = 2.0, *,
+    t_max: Any = None, t_min: Any = None, end: str = "t_min",
+) -> Grid:  # fmt: skip
+    """Nodes uniform in t^(1 / exponent)."""
+    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    if not exponent > 0:
+        raise ValueError(f"the exponent must be positive, got {exponent!r}")
+    inverse = 1.0 / exponent
+    t = (t_max**inverse + u * (t_min**inverse - t_max**inverse)) ** exponent
+    return from_times(process, _exact_ends(t, t_max, t_min), end)
+
+
+def quadratic(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in sqrt(t): DDIM's quadratic spacing (Song et al. 2021)."""
+    return power(process, steps, 2.0, t_max=t_max, t_min=t_min, end=end)
+
+
+def half_log_snr(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in lambda (DPM-Solver's default spacing; Lu et al. 2022)."""
+    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    first, last = _finite_lam(process, t_max, t_min)
+    t = process.time(first + u * (last - first))
+    return from_times(process, _exact_ends(t, t_max, t_min), end)
+
+
+def karras(
+    process: Process, steps: int, rho: float = 7.0, *,
+    t_max: Any = None, t_min: Any = None, end: str = "t_min",
+) -> Grid:  # fmt: skip
+    """Nodes uniform in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5)."""
+    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    first, last = _finite_lam(process, t_max, t_min)
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho!r}")
+    xp = namespace(first, last)
+    a, b = xp.exp(-first / rho), xp.exp(-last / rho)
+    t = process.time(-rho * xp.log(a + u * (b - a)))
+    return from_times(process, _exact_ends(t, t_max, t_min), end)
+
+
+def _exact_ends(t, t_max, t_min):
+    xp = namespace(t, t_max, t_min)
+    ends = np.zeros(t.shape, int)
+    ends[-1], ends[0] = 2, 1  # a single node is the noise end
+    return xp.where(ends == 1, t_max, xp.where(ends == 2, t_min, t))
+
+
+def _finite_lam(process: Process, t_max: Any, t_min: Any) -> tuple[Any, Any]:
+    first, last = process.half_log_snr(t_max), process.half_log_snr(t_min)
+    if is_concrete(first, last) and not (np.isfinite(first) and np.isfinite(last)):
+        raise ValueError(
+            f"half-log-SNR is infinite at an end of [t_min={t_min}, t_max={t_max}]: give t_max with "
+            "alpha > 0 and t_min with sigma > 0 (end='zero' adds a last step to sigma = 0)"
+        )
+    return first, last
+
+
+def _discrete(process: Process, timesteps: np.ndarray, end: str) -> Grid:
+    base = process.base if isinstance(process, ZeroTerminalSNR) else process
+    if not (isinstance(base, DDPM) and isinstance(process, VariancePreserving)):
+        raise TypeError(
+            "leading, linspace and trailing spacings need a discrete process (jaxdiff.processes."
+            f"ddpm, or its zero_terminal_snr), got {type(process).__name__}"
+        )
+    if end == "t_min" and timesteps[-1] > 0:
+        timesteps = np.append(timesteps, 0.0)
+    return from_times(process, timesteps, end)
+
+
+def leading(process: Process, steps: int, offset: int = 0, end: str = "zero") -> Grid:
+    """Timesteps 0, k, 2k, ... (k = num_steps // steps) plus `offset`: DDIM's original spacing.
+
+    The last step goes to sigma = 0 (`end="zero"`) or to timestep 0 (`end="t_min"`, for which the
+    step is dropped where the last timestep is 0 already). The names are those of Lin et al. (2024).
+    """
+    _, _, _ = _span(process, steps, None, None, end)
+    total = int(process.t_max) + 1
+    t = np.arange(steps)[::-1] * (total // steps) + offset
+    if t[0] > process.t_max or offset < 0:
+        raise ValueError(f"offset {offset} puts a timestep outside 0..{total - 1}")
+    return _discrete(process, t * 1.0, end)
+
+
+def linspace(process: Process, steps: int, end: str = "zero") -> Grid:
+    """`steps` timesteps rounded from num_steps - 1 to 0, then the end as in `leading`."""
+    _span(process, steps, None, None, end)
+    t = np.round(np.linspace(0.0, process.t_max, steps))[::-1]
+    return _discrete(process, t, end)
+
+
+def trailing(process: Process, steps: int, end: str = "zero") -> Grid:
+    """Timesteps num_steps - 1, num_steps - 1 - k, ... (k = num_steps / steps), end as in `leading`."""
+    _span(process, steps, None, None, end)
+    total = process.t_max + 1
+    t = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
+    return _discrete(process, t, end)

@@ -1,0 +1,144 @@
+"""The one list of solvers: it drives the tests, the README's table, `--solver` and its errors."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxdiff.grids import Grid
+from jaxdiff.solvers.dpm_solver_pp import dpm_solver_pp_multistep
+from jaxdiff.solvers.first_order import ddim, ddpm
+from jaxdiff.solvers.sigma import euler, heun
+from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.unipc import unipc
+
+
+class Setting(NamedTuple):
+    """One named choice of a builder's options, with the order it converges at asymptotically (with
+    sigma > 0 at the end; weak order if stochastic)."""
+
+    options: Mapping[str, Any]
+    order: float
+    deterministic: bool = True
+
+
+class Entry(NamedTuple):
+    """A solver: its builder, its settings (the first is the default), and where it comes from.
+
+    `ends`: (alpha = 0 at the noise end supported, sigma = 0 at the data end supported).
+    `aliases`: other names, each of a setting.
+    """
+
+    name: str
+    build: Callable[..., Tableau]
+    settings: Mapping[str, Setting]
+    nfe_per_step: int
+    integrand: str
+    ends: tuple[bool, bool]
+    paper: str
+    aliases: Mapping[str, str] = {}
+
+    @property
+    def order(self) -> float:
+        """Order of the default setting."""
+        return next(iter(self.settings.values())).order
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the default setting draws no noise."""
+        return next(iter(self.settings.values())).deterministic
+
+
+_DPMPP = "Lu et al. 2022, DPM-Solver++, arXiv:2211.01095"
+_EDM = "Karras et al. 2022, EDM, arXiv:2206.00364"
+
+_ENTRIES = (
+    Entry(
+        "ddim", ddim,
+        {
+            "ddim": Setting({}, 1),
+            "ddim_eta1": Setting({"eta": 1.0}, 1, False),
+            "ddim_two_outputs": Setting({"outputs": 2}, 1),
+        },
+        1, "x0", (True, True), "Song et al. 2021, DDIM, arXiv:2010.02502",
+    ),
+    Entry(
+        "ddpm", ddpm,
+        {
+            "ddpm": Setting({}, 1, False),
+            "ddpm_large": Setting({"variance": "fixed_large"}, 1, False),
+        },
+        1, "x0", (True, True), "Ho et al. 2020, DDPM, arXiv:2006.11239",
+    ),
+    Entry(
+        "euler", euler,
+        {"euler": Setting({}, 1), "euler_churn": Setting({"s_churn": 10.0}, 1, False)},
+        1, "eps", (False, True), _EDM,
+    ),
+    Entry(
+        "heun", heun,
+        {"heun": Setting({}, 2), "heun_churn": Setting({"s_churn": 10.0}, 1, False)},
+        2, "eps", (False, True), _EDM, {"edm": "heun"},
+    ),
+    Entry(
+        "dpm_solver_pp_multistep", dpm_solver_pp_multistep,
+        {
+            "dpm_solver_pp_2m": Setting({"order": 2}, 2),
+            "dpm_solver_pp_1m": Setting({"order": 1}, 1),
+            "dpm_solver_pp_2m_heun": Setting({"order": 2, "solver_type": "heun"}, 2),
+            "dpm_solver_pp_3m": Setting({"order": 3}, 2),
+            "dpm_solver_pp_3m_singlestep": Setting({"order": 3, "start": "singlestep"}, 3),
+            "dpm_solver_pp_3m_published": Setting(
+                {"order": 3, "variant": "published", "start": "singlestep"}, 2
+            ),
+        },
+        1, "x0", (True, True), _DPMPP,
+        {"dpmpp_2m": "dpm_solver_pp_2m", "dpmpp_3m": "dpm_solver_pp_3m"},
+    ),
+    Entry(
+        "unipc", unipc,
+        {
+            "unipc_2": Setting({"order": 2}, 3),
+            "unipc_1": Setting({"order": 1}, 2),
+            "unipc_3": Setting({"order": 3}, 3),
+            "unipc_2_bh1": Setting({"order": 2, "variant": "bh1"}, 3),
+            "unipc_3_bh1": Setting({"order": 3, "variant": "bh1"}, 3),
+            "unipc_2_eps": Setting({"order": 2, "integrand": "eps"}, 3),
+            "unip_2": Setting({"order": 2, "corrector": False}, 2),
+        },
+        1, "x0", (True, True), "Zhao et al. 2023, UniPC, arXiv:2302.04867",
+    ),
+)  # fmt: skip
+
+CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def names() -> list[str]:
+    """Every name `build` takes: entries, their settings, aliases."""
+    return sorted({n for e in _ENTRIES for n in (e.name, *e.settings, *e.aliases)})
+
+
+def find(name: str) -> tuple[Entry, Mapping[str, Any]]:
+    """(entry, options) of a solver, setting or alias; ValueError with the nearest names if unknown."""
+    for entry in _ENTRIES:
+        if name == entry.name:
+            return entry, {}
+        setting = entry.settings.get(entry.aliases.get(name, name))
+        if setting is not None:
+            return entry, setting.options
+    close = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    raise ValueError(f"unknown solver {name!r}; {hint}choose from {', '.join(names())}")
+
+
+def build(name: str, grid: Grid, **options: Any) -> Tableau:
+    """Build a solver by name: `build("unipc", grid, order=3)`. For configurations and commands.
+
+    Raises ValueError for an unknown name or option, with the accepted ones.
+    """
+    entry, preset = find(name)
+    accepted = list(inspect.signature(entry.build).parameters)[1:]
+    for option in options:
+        if option not in accepted:
+            raise ValueError(f"solver {name!r} has no option {option!r}; it takes {accepted}")
+    return entry.build(grid, **{**preset, **options})

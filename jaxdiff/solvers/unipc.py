@@ -1,0 +1,113 @@
+"""UniPC: a predictor and a corrector that costs no evaluation."""
+
+from collections.abc import Sequence
+from math import factorial
+from typing import Any
+
+from jaxdiff.grids import Grid
+from jaxdiff.solvers.phi import phi
+from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
+
+
+def unipc(
+    grid: Grid, order: int = 2, variant: str = "bh2", integrand: str = "x0",
+    corrector: bool | Sequence[bool] = True, lower_order_final: bool | None = None,
+) -> Tableau:  # fmt: skip
+    """UniPC of order 1, 2 or 3 with B(h) = h ("bh1") or exp(h) - 1 ("bh2").
+
+    Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
+    Models" (2023), algorithms 1-4 and 5-8 (data prediction). The evaluation at the predicted x'
+    first corrects the step that led there, then predicts the next: one evaluation a step. A
+    predictor of order p corrected by UniC-p converges at order p + 1; `order` is p. The order grows
+    1, 2, 3 over the first steps; the corrected first step's error is of order h^3, so order 3 is
+    kept. The first-order step's two-point coefficient is 1/2, as is UniP-2's and UniC-1's.
+
+    Arguments:
+      integrand: "x0" (data prediction) or "eps" (noise prediction).
+      corrector: whether to correct; or one flag a step, for the step that leaves node i (diffusers
+        names the steps that are not corrected, `disable_corrector`).
+      lower_order_final: lower the order to 2 and 1 over the last steps; None does so below 15 steps.
+        The authors' code does so always, which costs the last step's order.
+
+    The step to sigma = 0 is first order. alpha = 0 at the noise end is supported with "x0": that
+    step is first order, uncorrected, and its node left out of later differences.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
+    if variant not in ("bh1", "bh2"):
+        raise ValueError(f"variant must be 'bh1' or 'bh2', got {variant!r}")
+    if integrand not in ("x0", "eps"):
+        raise ValueError(f"integrand must be 'x0' or 'eps', got {integrand!r}")
+    steps, lam = grid.steps, grid.lam
+    flags = [corrector] * steps if isinstance(corrector, bool) else list(corrector)
+    if len(flags) != steps:
+        raise ValueError(f"corrector must be one flag or {steps}, got {len(flags)}")
+    check_ends(grid, "unipc", noise=integrand == "x0", data=True)
+    lowered = steps < 15 if lower_order_final is None else lower_order_final
+    first_finite = int(grid.ends[0])
+
+    def effective_order(i):
+        if (grid.ends[0] and i == 0) or (grid.ends[1] and i == steps - 1):
+            return 1
+        known = i - first_finite + 1
+        return min(order, known, steps - i if lowered else order)
+
+    rows, nodes = [], [(0, 0)]
+    for i in range(steps):
+        # s_0 is the predicted state at node i, s_1 the corrected one at node i - 1.
+        s, m = [1.0, 0.0], []
+        if i > first_finite and flags[i - 1]:
+            offsets = [lam[j] - lam[i - 1] for j in range(i - 1, i - 1 - effective_order(i - 1), -1)]
+            carry, weights = _weights(grid, i - 1, offsets, variant, integrand, correct=True)
+            s, m = [0.0, carry], weights
+        corrected = Update(s, m)
+        offsets = [lam[j] - lam[i] for j in range(i, i - effective_order(i), -1)]
+        carry, weights = _weights(grid, i, offsets, variant, integrand, correct=False)
+        m = [carry * c for c in m] + [0.0] * (len(weights) - len(m))
+        predicted = Update(
+            [carry * c for c in s],
+            [a + b for a, b in zip(m, weights + [0.0] * (len(m) - len(weights)))],
+        )
+        rows.append(Row(grid.node(i), [predicted, corrected]))
+        if i > 0:
+            nodes.append((i + 1, 1))
+    return assemble(rows, integrand, grid.xp, nodes=[*nodes, (steps, 0)])
+
+
+def _weights(
+    grid: Grid, i: int, offsets: list[Any], variant: str, integrand: str, correct: bool
+) -> tuple[Any, list[Any]]:
+    """(coefficient of x, weights of the integrands, newest first) of the step from node i.
+
+    `offsets` are the half-log-SNRs of the evaluations m_0, m_1, ... relative to node i's. With
+    `correct`, the newest integrand is that of node i + 1 and comes first.
+    """
+    xp = grid.xp
+    (_, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
+    data = integrand == "x0"
+    h = grid.lam[i + 1] - grid.lam[i]
+    if data:
+        carry, hh, scale = s1 / s, -h, a1
+    else:
+        carry, hh, scale = a1 / a, h, s1
+    order = len(offsets)
+    if order == 1 and not correct:
+        # -alpha' expm1(-h) or -sigma' expm1(h), the latter finite at sigma' = 0.
+        return carry, [-a1 * xp.expm1(-h) if data else s1 - a1 * s / a]
+    base = xp.expm1(hh)
+    b_h = hh if variant == "bh1" else base
+    ratios = [offset / h for offset in offsets[1:]] + ([1.0] if correct else [])
+    size = len(ratios)
+    if size == 1:
+        rho = [0.5]
+    else:
+        matrix = xp.stack([xp.stack([xp.asarray(r * 1.0) ** k for r in ratios]) for k in range(size)])
+        moments = xp.stack([
+            hh * phi(k + 1, hh) * factorial(k) / b_h for k in range(1, size + 1)
+        ])  # fmt: skip
+        rho = list(xp.linalg.solve(matrix, moments[:, None])[:, 0])
+    # x' = carry x - scale (base m_0 + B(h) sum_k rho_k (m_k - m_0) / r_k)
+    differences = [-scale * b_h * c / r for c, r in zip(rho, ratios)]
+    older = differences[: order - 1]
+    newest = differences[order - 1 :]
+    return carry, [*newest, -scale * base - sum(differences), *older]
