@@ -1,0 +1,138 @@
+"""Forward processes: how data becomes noise.
+
+Every process is the Gaussian perturbation
+
+    x_t = alpha(t) x_0 + sigma(t) eps,      eps ~ N(0, I),      t from t_min (data) to t_max (noise)
+
+described by its half-log-SNR  lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing in t. It is
+the marginal of the linear SDE  dx = f(t) x dt + g(t) dW  with
+
+    f = d log(alpha) / dt,       g^2 = d sigma^2 / dt - 2 f sigma^2 = -2 sigma^2 d lambda / dt
+
+(Kingma et al., "Variational Diffusion Models", 2021, appendix; Song et al., "Score-Based Generative
+Modeling through SDEs", 2021). Functions take NumPy or JAX arrays of any shape and keep the kind:
+float64 on the host, whatever JAX uses on a device. Parameters are pytree leaves; the span
+[t_min, t_max] is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
+
+from jaxdiff.arrays import namespace, to_batch
+from jaxdiff.noise import normal
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def register(cls: type) -> type:
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+def softplus(xp: Any, x: ArrayLike) -> Any:
+    return xp.logaddexp(xp.zeros_like(x), x)
+
+
+class Process:
+    """A forward process. Subclasses give `alpha`, `sigma`, `half_log_snr`, `time` and `rates`."""
+
+    t_min: float
+    t_max: float
+    # Where the limits lie, if the span may reach them: alpha = 0 (pure noise), sigma = 0 (data).
+    noise_time: float | None = None
+    data_time: float | None = None
+
+    def alpha(self, t: ArrayLike) -> Any:
+        """alpha(t), the factor of the data."""
+        raise TypeError(f"{type(self).__name__} does not define alpha")
+
+    def sigma(self, t: ArrayLike) -> Any:
+        """sigma(t), the standard deviation of the noise."""
+        raise TypeError(f"{type(self).__name__} does not define sigma")
+
+    def half_log_snr(self, t: ArrayLike) -> Any:
+        """lambda(t) = log(alpha(t) / sigma(t)); -inf where alpha = 0, +inf where sigma = 0."""
+        raise TypeError(f"{type(self).__name__} does not define half_log_snr")
+
+    def time(self, half_log_snr: ArrayLike) -> Any:
+        """The t at which lambda(t) equals `half_log_snr`: the exact inverse."""
+        raise TypeError(f"{type(self).__name__} does not define time")
+
+    def rates(self, t: ArrayLike) -> tuple[Any, Any]:
+        """(f, g^2) of the forward SDE dx = f x dt + g dW at t."""
+        raise TypeError(f"{type(self).__name__} does not define rates")
+
+    @property
+    def prior_std(self) -> Any:
+        """Standard deviation of the state at t_max, data taken as negligible or of unit scale."""
+        return 1.0
+
+    def drift(self, x: Any, t: ArrayLike) -> Any:
+        """f(t) x, the drift of the forward SDE. `t` is a scalar or `[batch]`."""
+        return to_batch(self.rates(t)[0], x) * x
+
+    def diffusion(self, t: ArrayLike) -> Any:
+        """g(t), the diffusion coefficient of the forward SDE."""
+        xp = namespace(t, self)
+        return xp.sqrt(self.rates(t)[1])
+
+    def perturb(self, x0: Any, eps: Any, t: ArrayLike) -> Any:
+        """x_t = alpha(t) x_0 + sigma(t) eps, for pytrees of arrays; `t` is a scalar or `[batch]`."""
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return jax.tree.map(lambda x, e: to_batch(alpha, x) * x + to_batch(sigma, x) * e, x0, eps)
+
+    def prior(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        """Draw x_T ~ N(0, prior_std^2 I), `shape` = [batch, ...].
+
+        `key` is one key, or one per sample (see `jaxdiff.sample_keys`): then sample i depends on
+        its own key alone, whatever the batch it is drawn in.
+        """
+        noise = normal(key, jax.ShapeDtypeStruct(shape, dtype))
+        return jnp.asarray(self.prior_std, dtype) * noise
+
+
+class VariancePreserving(Process):
+    """alpha^2 + sigma^2 = 1. Subclasses give lambda(t), its inverse and its slope."""
+
+    def slope(self, t: ArrayLike) -> Any:
+        """d lambda / dt."""
+        raise TypeError(f"{type(self).__name__} does not define slope")
+
+    def alpha(self, t):
+        xp = namespace(t, self)
+        return xp.exp(-0.5 * softplus(xp, -2.0 * self.half_log_snr(t)))
+
+    def sigma(self, t):
+        xp = namespace(t, self)
+        return xp.exp(-0.5 * softplus(xp, 2.0 * self.half_log_snr(t)))
+
+    def rates(self, t):
+        # alpha^2 = sigmoid(2 lambda), so d log(alpha) / dt = sigma^2 d lambda / dt.
+        f = self.sigma(t) ** 2 * self.slope(t)
+        return f, -2.0 * f
+
+
+def half_log_snr_of_log_alpha(xp: Any, log_alpha: Any) -> Any:
+    with np.errstate(divide="ignore"):
+        return log_alpha - 0.5 * xp.log(-xp.expm1(2.0 * log_alpha))
+
+
+def check_span(t_min: float, t_max: float, low: float, high: float) -> None:
+    if not low <= t_min < t_max <= high:
+        raise ValueError(
+            f"need {low:g} <= t_min < t_max <= {high:g}, got t_min={t_min!r}, t_max={t_max!r}"
+        )
+
+
+def check_positive(**values: ArrayLike) -> None:
+    for name, value in values.items():
+        if not isinstance(value, jax.Array) and not np.all(np.asarray(value) > 0):
+            raise ValueError(f"{name} must be positive, got {value!r}")

@@ -1,0 +1,142 @@
+"""Discrete DDPM schedules bridged to continuous time, and zero terminal SNR."""
+
+import numpy as np
+from jaxtyping import ArrayLike
+
+from jaxdiff.arrays import namespace
+from jaxdiff.processes.base import (
+    VariancePreserving,
+    half_log_snr_of_log_alpha,
+    register,
+    softplus,
+    static,
+)
+
+
+@register
+class DDPM(VariancePreserving):
+    """See `ddpm`. `table` holds lambda at t = 0, 1, ..., num_steps - 1."""
+
+    table: ArrayLike
+    t_min: float = static(0.0)
+    t_max: float = static(999.0)
+
+    def half_log_snr(self, t):
+        xp = namespace(t, self)
+        return xp.interp(xp.asarray(t), xp.arange(self.table.shape[0]), self.table)
+
+    def time(self, half_log_snr):
+        xp = namespace(half_log_snr, self)
+        steps = xp.arange(self.table.shape[0])
+        return xp.interp(-xp.asarray(half_log_snr), -self.table, steps * 1.0)
+
+    def slope(self, t):
+        xp = namespace(t, self)
+        left = xp.clip(xp.floor(xp.asarray(t)), 0, self.table.shape[0] - 2).astype(int)
+        return xp.asarray(self.table)[left + 1] - xp.asarray(self.table)[left]
+
+
+@register
+class ZeroTerminalSNR(VariancePreserving):
+    """See `zero_terminal_snr`."""
+
+    base: VariancePreserving
+    t_min: float = static()
+    t_max: float = static()
+    noise_time: float | None = static()
+    data_time: float | None = static()
+
+    def _ends(self):
+        return self.base.alpha(self.data_time or 0.0), self.base.alpha(self.t_max)
+
+    def _alpha(self, t):
+        first, last = self._ends()
+        return (self.base.alpha(t) - last) * first / (first - last)
+
+    def half_log_snr(self, t):
+        xp = namespace(t, self)
+        alpha = self._alpha(t)
+        with np.errstate(divide="ignore"):
+            return xp.log(alpha) - 0.5 * xp.log1p(-(alpha**2))
+
+    def time(self, half_log_snr):
+        xp = namespace(half_log_snr, self)
+        first, last = self._ends()
+        alpha = xp.exp(-0.5 * softplus(xp, -2.0 * xp.asarray(half_log_snr)))
+        alpha = alpha * (first - last) / first + last
+        with np.errstate(divide="ignore"):
+            return self.base.time(xp.log(alpha) - 0.5 * xp.log1p(-(alpha**2)))
+
+    def slope(self, t):
+        first, last = self._ends()
+        alpha, base_alpha = self._alpha(t), self.base.alpha(t)
+        d_alpha = self.base.rates(t)[0] * base_alpha * first / (first - last)
+        return d_alpha / (alpha * (1.0 - alpha**2))
+
+
+def _cosine_betas(num_steps: int) -> np.ndarray:
+    u = np.arange(num_steps + 1) / num_steps
+    bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+
+
+# schedule name -> (default beta_start, default beta_end, betas)
+_DDPM_SCHEDULES = {
+    "linear": (1e-4, 0.02, np.linspace),
+    "scaled_linear": (0.00085, 0.012, lambda a, b, n: np.linspace(a**0.5, b**0.5, n) ** 2),
+    "squaredcos": (None, None, lambda a, b, n: _cosine_betas(n)),
+}
+
+
+def ddpm(
+    schedule: str = "linear",
+    num_steps: int = 1000,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    betas: ArrayLike | None = None,
+) -> DDPM:
+    """A discrete DDPM schedule bridged to continuous time: t in [0, num_steps - 1].
+
+    At an integer t, alpha^2 = prod_{i <= t} (1 - beta_i), exactly the discrete model; between
+    integers lambda is linear in t (Karras et al. 2022 interpolate log sigma so for their
+    "iDDPM" networks). A network trained on integer timesteps therefore takes t as it is.
+
+    `schedule`: "linear" (Ho et al. 2020; 1e-4 to 0.02), "scaled_linear" (latent diffusion; betas
+    whose square roots are linear, 0.00085 to 0.012), "squaredcos" (Nichol & Dhariwal 2021, betas
+    capped at 0.999); or give `betas`, shape [num_steps]. Raises ValueError for anything else.
+    """
+    if betas is None:
+        if schedule not in _DDPM_SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}; choose from {list(_DDPM_SCHEDULES)}")
+        start, end, function = _DDPM_SCHEDULES[schedule]
+        if start is None and (beta_start is not None or beta_end is not None):
+            raise ValueError(f"schedule {schedule!r} takes no beta_start or beta_end")
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be at least 2, got {num_steps!r}")
+        betas = function(
+            start if beta_start is None else beta_start, end if beta_end is None else beta_end,
+            num_steps,
+        )  # fmt: skip
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
+        raise ValueError("betas must be a vector of at least 2 numbers in (0, 1)")
+    log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
+    table = half_log_snr_of_log_alpha(np, log_alpha)
+    return DDPM(table=table, t_min=0.0, t_max=float(betas.size - 1))
+
+
+def zero_terminal_snr(process: VariancePreserving) -> ZeroTerminalSNR:
+    """Shift and scale alpha so that it is 0 at t_max and unchanged at the clean end.
+
+    alpha'(t) = (alpha(t) - alpha(t_max)) alpha(0) / (alpha(0) - alpha(t_max)), sigma'^2 = 1 - alpha'^2
+    (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024, algorithm 1).
+    At the first node an eps or score network says nothing about x_0: use v, x0 or flow.
+    """
+    if not isinstance(process, VariancePreserving):
+        raise TypeError(
+            f"zero_terminal_snr takes a variance-preserving process, got {type(process).__name__}"
+        )
+    return ZeroTerminalSNR(
+        base=process, t_min=process.t_min, t_max=process.t_max,
+        noise_time=process.t_max, data_time=process.data_time,
+    )  # fmt: skip
