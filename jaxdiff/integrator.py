@@ -282,7 +282,8 @@ def _save_at(save: str) -> diffrax.SaveAt:
         "trajectory": lambda t, y, args: y.registers[0],
         "nodes": lambda t, y, args: y.registers,
         "x0": lambda t, y, args: y.x0,
-        "state": lambda t, y, args: y,
+        # Leaves only: equinox's loop takes an empty history, (), for a buffer.
+        "state": lambda t, y, args: tuple(jax.tree.leaves(y)),
     }
     if save in ("final", "state"):
         return diffrax.SaveAt(t1=True, fn=functions[save], solver_state=save == "state")
@@ -351,7 +352,7 @@ def integrate(denoiser, table, x, key, noise, cond, save, adjoint, control, stat
         stacked = jax.tree.map(lambda *a: jnp.stack(a, 1), *ys)
         return jax.tree.map(lambda a: a[table.nodes[:, 0], table.nodes[:, 1]], stacked)
     if save == "state":
-        y = jax.tree.map(lambda a: a[0], ys)
+        y = jax.tree.unflatten(jax.tree.structure(y0), [a[0] for a in ys])
         memory, aux = eqx.combine(y.extra, solution.solver_state)
         newest_first = (rows - 1 - np.arange(history)) % history
         return State(

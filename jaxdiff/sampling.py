@@ -135,7 +135,7 @@ def _check_reachable(denoiser: Denoiser, tableau: Tableau) -> None:
     for p in range(tableau.outputs):
         name = denoiser.predictions[min(p, len(denoiser.predictions) - 1)]
         column = PREDICTIONS.index(name)
-        bad = ~np.isfinite(tableau.u[:, p, column] + tableau.w[:, p, column])
+        bad = ~(np.isfinite(tableau.u[:, p, column]) & np.isfinite(tableau.w[:, p, column]))
         if np.any(bad):
             row = int(np.flatnonzero(bad)[0])
             raise ValueError(

@@ -52,16 +52,19 @@ def unipc(
         known = i - first_finite + 1
         return min(order, known, steps - i if lowered else order)
 
+    def offsets_of(i):
+        return [0.0] + [lam[i - k] - lam[i] for k in range(1, effective_order(i))]
+
     rows, nodes = [], [(0, 0)]
     for i in range(steps):
         # s_0 is the predicted state at node i, s_1 the corrected one at node i - 1.
         s, m = [1.0, 0.0], []
         if i > first_finite and flags[i - 1]:
-            offsets = [lam[j] - lam[i - 1] for j in range(i - 1, i - 1 - effective_order(i - 1), -1)]
+            offsets = offsets_of(i - 1)
             carry, weights = _weights(grid, i - 1, offsets, variant, integrand, correct=True)
             s, m = [0.0, carry], weights
         corrected = Update(s, m)
-        offsets = [lam[j] - lam[i] for j in range(i, i - effective_order(i), -1)]
+        offsets = offsets_of(i)
         carry, weights = _weights(grid, i, offsets, variant, integrand, correct=False)
         m = [carry * c for c in m] + [0.0] * (len(weights) - len(m))
         predicted = Update(

@@ -1,0 +1,209 @@
+"""Properties of every solver of the catalogue, from the catalogue."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import BROAD
+
+import jaxdiff as jd
+
+PROCESS = jd.processes.vp_linear()
+SETTINGS = {
+    name: (entry, setting)
+    for entry in jd.solvers.CATALOGUE.values()
+    for name, setting in entry.settings.items()
+}
+DETERMINISTIC = [name for name, (_, setting) in SETTINGS.items() if setting.deterministic]
+FLOW = jd.processes.flow()
+
+
+def build(name, grid):
+    entry, setting = SETTINGS[name]
+    return entry.build(grid, **setting.options)
+
+
+def mixture(prediction="x0", process=PROCESS):
+    return jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, process, prediction)
+
+
+def stacked_run(tableaux, x, key=None, **kwargs):
+    """All tables in one program; x [tables, batch, dim] or [batch, dim]."""
+    run = lambda t, x: jd.sample(mixture(), t, x, key, **kwargs)  # noqa: E731
+    return jax.vmap(run, (0, 0 if x.ndim == 3 else None))(jd.solvers.stack(tableaux), x)
+
+
+def start(rng, count, grid, dim=2):
+    return BROAD.sample(rng, count, grid.alpha[0], grid.sigma[0])
+
+
+@functools.cache
+def short_runs():
+    """Every solver with 1, 2, 3 and 5 steps, to sigma > 0 and to sigma = 0, stacked and looped."""
+    with jax.enable_x64(True):
+        cases = {}
+        for end in ("t_min", "zero"):
+            for steps in (1, 2, 3, 5):
+                grid = jd.grids.half_log_snr(PROCESS, steps, end=end)
+                for name in SETTINGS:
+                    cases[name, steps, end] = build(name, grid)
+        x = jnp.asarray(BROAD.sample(np.random.default_rng(0), 4, PROCESS.alpha(1.0), PROCESS.sigma(1.0)))
+        out = stacked_run(list(cases.values()), x, jax.random.key(0))
+        return x, dict(zip(cases, zip(cases.values(), np.asarray(out))))
+
+
+@pytest.mark.xdist_group("catalogue")
+@pytest.mark.parametrize("end", ["t_min", "zero"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_one_to_three_steps_end_at_data(steps, end):
+    """Finite, and where the data are: within 4.5 of the mean, whose spread is about 1.1.
+
+    Heun in rho is only finite: the first of three steps from rho = 152 averages two slopes that have
+    nothing to do with each other.
+    """
+    _, runs = short_runs()
+    for name in SETTINGS:
+        _, x = runs[name, steps, end]
+        assert np.all(np.isfinite(x)), name
+        if not name.startswith("heun"):
+            assert np.abs(x).max() < 4.5, name
+
+
+@pytest.mark.xdist_group("catalogue")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stacked_is_looped(x64, name):
+    x, runs = short_runs()
+    tableau, stacked = runs[name, 3, "t_min"]
+    looped = jd.sample(mixture(), tableau, x, jax.random.key(0))
+    np.testing.assert_allclose(stacked, looped, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nfe_is_the_number_of_evaluations(name):
+    """As the entry states: per step, one less in a two-evaluation step to sigma = 0."""
+    entry, setting = SETTINGS[name]
+    grid = jd.grids.half_log_snr(PROCESS, 20)
+    extra = 1 if setting.options.get("start") == "singlestep" else 0
+    tableau = build(name, grid)
+    assert tableau.nfe == 20 * entry.nfe_per_step + extra == tableau.rows
+    final = build(name, jd.grids.half_log_snr(PROCESS, 20, end="zero"))
+    assert final.nfe == 20 * entry.nfe_per_step + extra - (entry.nfe_per_step - 1)
+    both = jd.solvers.stack([tableau, final])
+    np.testing.assert_array_equal(both.nfe, [tableau.nfe, final.nfe])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_step_to_sigma_zero_is_the_denoised_state(x64, name):
+    """With one step to sigma = 0 every method is x0(x_T): the limit, in closed form."""
+    if "churn" in name:
+        pytest.skip("churn evaluates at a noisier state")
+    grid = jd.grids.uniform(PROCESS, 1, end="zero")
+    x = start(np.random.default_rng(1), 8, grid)
+    got = jd.sample(mixture(), build(name, grid), x, jax.random.key(0))
+    alpha, sigma = grid.alpha[0], grid.sigma[0]
+    expected = (x + sigma**2 * BROAD.score(x, alpha, sigma)) / alpha
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pure_noise_is_supported_or_refused(x64, name):
+    """From alpha = 0, where x_T says nothing: one step is the mean of the data."""
+    entry, _ = SETTINGS[name]
+    grid = jd.grids.uniform(FLOW, 4)
+    if not entry.ends[0] or SETTINGS[name][1].options.get("integrand") == "eps":
+        with pytest.raises(ValueError, match="alpha = 0"):
+            build(name, grid)
+        return
+    x = np.random.default_rng(2).normal(size=(2000, 2))
+    denoiser = mixture(process=FLOW)
+    many = jd.sample(denoiser, build(name, jd.grids.uniform(FLOW, 40)), x, jax.random.key(0))
+    mean, cov = BROAD.moments()
+    np.testing.assert_allclose(np.mean(many, 0), mean, atol=0.12)
+    np.testing.assert_allclose(np.cov(np.asarray(many).T), cov, atol=0.2)
+    one = jd.sample(denoiser, build(name, jd.grids.uniform(FLOW, 1)), x[:4], jax.random.key(0))
+    np.testing.assert_allclose(one, np.tile(mean, (4, 1)), atol=1e-12)
+
+
+def test_an_eps_network_at_pure_noise_is_named():
+    grid = jd.grids.uniform(FLOW, 4)
+    with pytest.raises(ValueError, match="alpha = 0.*'eps' network.*v, x0 or flow"):
+        jd.sample(mixture("eps"), jd.solvers.ddim(grid), jnp.zeros((2, 2)))
+
+
+@pytest.mark.xdist_group("catalogue")
+@pytest.mark.parametrize("spacing", ["half_log_snr", "karras", "uniform", "quadratic"])
+def test_float32_is_close_to_float64(spacing):
+    """To 1e-4 at the 99th percentile, 10 and 50 steps, every deterministic solver."""
+    results = {}
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            for steps in (10, 50):
+                grid = getattr(jd.grids, spacing)(PROCESS, steps)
+                x = start(np.random.default_rng(3), 100, grid).astype(dtype)
+                tables = [build(name, grid) for name in DETERMINISTIC]
+                results[dtype, steps] = np.asarray(stacked_run(tables, jnp.asarray(x)), np.float64)
+    for steps in (10, 50):
+        error = np.abs(results[np.float32, steps] - results[np.float64, steps]).max(-1)
+        worst = np.quantile(error, 0.99, axis=1)
+        assert worst.max() < 1e-4, dict(zip(DETERMINISTIC, worst))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_solver_encodes_and_decodes(x64, backward):
+    """A reversed grid runs from data to noise: at 400 steps back and forth meet to 1e-3."""
+    grid = jd.grids.half_log_snr(PROCESS, 400)
+    x = start(np.random.default_rng(4), 16, grid)
+    for name in ("ddim", "heun", "dpm_solver_pp_2m", "unipc_2"):
+        forth = jd.sample(mixture(), build(name, grid), x)
+        back = jd.sample(mixture(), build(name, grid.reversed()), forth)
+        order = SETTINGS[name][1].order
+        assert np.median(np.abs(back - x)) < (2e-2 if order == 1 else 1e-3), name
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+
+def test_every_name_builds_and_a_wrong_one_names_the_nearest():
+    grid = jd.grids.half_log_snr(PROCESS, 4)
+    for name in jd.solvers.names():
+        assert jd.solvers.build(name, grid).nfe >= 4
+    with pytest.raises(ValueError, match="unknown solver 'unipcc'; did you mean unipc"):
+        jd.solvers.build("unipcc", grid)
+    with pytest.raises(ValueError, match="no option 'etta'.*eta"):
+        jd.solvers.build("ddim", grid, etta=1.0)
+
+
+def test_names_are_unique():
+    every = [n for e in jd.solvers.CATALOGUE.values() for n in {e.name, *e.settings, *e.aliases}]
+    assert len(every) == len(set(every))
+    for entry in jd.solvers.CATALOGUE.values():
+        assert set(entry.aliases.values()) <= set(entry.settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ddim", {"eta": -1.0}, "eta must not be negative, got -1.0"),
+        ("ddim", {"outputs": 3}, "outputs must be 1 or 2"),
+        ("ddim", {"eta": 3.0}, "more noise than sigma"),
+        ("ddpm", {"variance": "big"}, "variance must be 'fixed_small' or 'fixed_large'"),
+        ("dpm_solver_pp_multistep", {"order": 4}, "order must be 1, 2 or 3, got 4"),
+        ("dpm_solver_pp_multistep", {"start": "rampp"}, "start must be one of"),
+        ("unipc", {"order": 0}, "order must be 1, 2 or 3, got 0"),
+        ("unipc", {"variant": "bh3"}, "variant must be 'bh1' or 'bh2'"),
+        ("unipc", {"corrector": [True]}, "corrector must be one flag or 4, got 1"),
+        ("heun", {"s_churn": -1.0}, "s_churn=-1.0"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        jd.solvers.build(name, jd.grids.half_log_snr(PROCESS, 4), **options)
+
+
+def test_noise_does_not_run_backward():
+    grid = jd.grids.half_log_snr(PROCESS, 4).reversed()
+    for name in ("ddim_eta1", "ddpm", "euler_churn"):
+        with pytest.raises(ValueError, match="noise to data|eta = 0"):
+            build(name, grid)
