@@ -105,7 +105,7 @@ class BrownianPath:
       form: "x0" or "eps".
       key: one key, or one per sample.
       tolerance: the path is exact at clock differences above it; must be below every increment of
-        the tableau (checked by `sample`). None takes 1e-9 of the span.
+        the tableau (checked by `sample`). None takes 1e-12 of the span.
     """
 
     process: Any
@@ -123,7 +123,7 @@ class BrownianPath:
         return namespace(lam).exp(2.0 * lam if self.form == "x0" else -2.0 * lam)
 
     def _tolerance(self) -> Any:
-        return 1e-9 * self._span() if self.tolerance is None else self.tolerance
+        return 1e-12 * self._span() if self.tolerance is None else self.tolerance
 
     def check(self, tableau: Any) -> None:
         """Raise ValueError unless the tableau's noise lives on this path."""

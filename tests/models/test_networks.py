@@ -19,21 +19,27 @@ NETWORKS = {
     ),
     "unet": (
         UNet(
-            width=8, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), head_channels=4,
+            width=8,
+            multipliers=(1, 2),
+            num_blocks=1,
+            attention_resolutions=(),
+            head_channels=8,
             num_classes=CLASSES,
         ),
         (4, 4, 4, 3),
     ),
-}  # fmt: skip
+}
+# These tests compile much and run little.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def forward(module, variables, x, t, cond=None):
     return module.apply(variables, x, t, cond)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def loss_and_grad(module, variables, x, t, cond, keys):
     def loss(variables):
         out = module.apply(variables, x, t, cond, train=True, rngs=keys)
@@ -67,7 +73,7 @@ def keys_for(seed):
 def test_output_at_initialisation_is_exactly_zero_and_only_params_are_made(name):
     module, shape = NETWORKS[name]
     x = jax.random.normal(jax.random.key(3), shape)
-    variables = jax.jit(module.init)(jax.random.key(0), x, 0.3, jnp.zeros(4, int))
+    variables = jit(module.init)(jax.random.key(0), x, 0.3, jnp.zeros(4, int))
     assert set(variables) == {"params"}
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     out = forward(module, variables, x, jnp.full(4, 0.3), jnp.zeros(4, int))
@@ -103,16 +109,12 @@ def test_samples_do_not_see_each_other_and_each_input_counts(name):
 
 
 @every_network
-def test_no_label_is_the_null_label_and_a_dict_is_a_label(name):
-    module, variables, x, t, labels = setup(name)
+def test_no_label_is_the_null_label(name):
+    module, variables, x, t, _ = setup(name)
     np.testing.assert_allclose(
         forward(module, variables, x, t),
         forward(module, variables, x, t, jnp.full(4, CLASSES)), rtol=1e-5, atol=1e-6,
     )  # fmt: skip
-    np.testing.assert_array_equal(
-        forward(module, variables, x, t, {"label": labels}),
-        forward(module, variables, x, t, labels),
-    )
 
 
 @every_network
@@ -148,8 +150,9 @@ def test_gradients_reach_every_parameter(name):
 @every_network
 def test_dropout_draws_by_its_key_only_in_training(name):
     module, variables, x, t, labels = setup(name)
-    module = module.clone(dropout=0.3, label_dropout=1e-6)
-    outs = [loss_and_grad(module, variables, x, t, labels, keys_for(s))[2] for s in (0, 0, 1)]
+    module = module.clone(dropout=0.3)
+    keys = [keys_for(0), keys_for(0), keys_for(0) | {"dropout": jax.random.key(1)}]
+    outs = [loss_and_grad(module, variables, x, t, labels, k)[2] for k in keys]
     np.testing.assert_array_equal(outs[0], outs[1])
     assert np.abs(outs[0] - outs[2]).max() > 1e-3
     np.testing.assert_allclose(
@@ -167,9 +170,6 @@ def test_bfloat16_computes_close_to_float32_with_float32_output(name):
     assert out.dtype == jnp.float32
     error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
     assert 1e-5 < error < 0.03  # bfloat16 rounds by up to 2^-9 = 0.002 an operation
-    np.testing.assert_array_equal(
-        forward(module.clone(dtype="bfloat16"), variables, x, t, labels), out
-    )
     made = jax.eval_shape(half.init, jax.random.key(0), x, t)
     assert {a.dtype for a in jax.tree.leaves(made)} == {jnp.dtype(jnp.float32)}
 
@@ -179,7 +179,7 @@ def test_vmap_over_stacked_parameters_is_a_loop(name):
     module, first, x, t, labels = setup(name)
     second = jax.tree.map(lambda a: 0.9 * a, first)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), first, second)
-    out = jax.jit(jax.vmap(lambda v: module.apply(v, x, t, labels)))(stacked)
+    out = jit(jax.vmap(lambda v: module.apply(v, x, t, labels)))(stacked)
     for i, variables in enumerate((first, second)):
         expected = forward(module, variables, x, t, labels)
         np.testing.assert_allclose(out[i], expected, rtol=1e-3, atol=1e-5)
