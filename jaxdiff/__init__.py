@@ -1,7 +1,11 @@
 """jaxdiff: diffusion models in JAX. A sampler is data: a table of coefficients."""
 
+import importlib as _importlib
+
 from jaxdiff import grids as grids
 from jaxdiff import guidance as guidance
+from jaxdiff import losses as losses
+from jaxdiff import ode as ode
 from jaxdiff import predictions as predictions
 from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
@@ -17,3 +21,12 @@ from jaxdiff.mixtures import gaussian_mixture as gaussian_mixture
 from jaxdiff.noise import BrownianPath as BrownianPath
 from jaxdiff.noise import sample_keys as sample_keys
 from jaxdiff.sampling import sample as sample
+
+# Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
+_LAZY = ("data", "metrics", "models", "parallel", "training")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return _importlib.import_module(f"jaxdiff.{name}")
+    raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from jaxdiff.solvers.catalogue import Entry as Entry
 from jaxdiff.solvers.catalogue import Setting as Setting
 from jaxdiff.solvers.catalogue import build as build
 from jaxdiff.solvers.catalogue import find as find
+from jaxdiff.solvers.catalogue import markdown_table as markdown_table
 from jaxdiff.solvers.catalogue import names as names
 from jaxdiff.solvers.dpm_solver_pp import dpm_solver_pp_multistep as dpm_solver_pp_multistep
 from jaxdiff.solvers.first_order import ddim as ddim

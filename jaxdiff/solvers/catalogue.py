@@ -142,3 +142,27 @@ def build(name: str, grid: Grid, **options: Any) -> Tableau:
         if option not in accepted:
             raise ValueError(f"solver {name!r} has no option {option!r}; it takes {accepted}")
     return entry.build(grid, **{**preset, **options})
+
+
+def markdown_table() -> str:
+    """The catalogue as a Markdown table: the one in the README."""
+    lines = [
+        "| name | order | evaluations a step | noise | from alpha = 0 | to sigma = 0 | paper | file |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in _ENTRIES:
+        path = entry.build.__module__.replace(".", "/") + ".py"
+        for name, setting in entry.settings.items():
+            eps = setting.options.get("integrand", entry.integrand) == "eps"
+            cells = (
+                f"`{name}`",
+                f"{setting.order:g}" + ("" if setting.deterministic else " (weak)"),
+                str(entry.nfe_per_step),
+                "no" if setting.deterministic else "yes",
+                "yes" if entry.ends[0] and not eps else "no",
+                "yes" if entry.ends[1] else "no",
+                entry.paper,
+                f"[{path.rsplit('/', 1)[1]}]({path})",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -81,7 +81,7 @@ def _ddim():
     kinds = ("epsilon", "sample", "v_prediction")
     cases += [_case({**c, **ZERO_SNR, **PLAIN}) for c in _predictions(kinds)]
     v = {"prediction_type": "v_prediction", **ZERO_SNR, **PLAIN}
-    cases += [_case(v, step={"eta": e}) for e in (0.5, 1.0)]
+    cases += [_case(v, n, {"eta": e}) for e, n in ((0.5, 10), (1.0, 10), (1.0, 12))]
     cases.append(_case({"prediction_type": "v_prediction", **ZERO_SNR}))
     cases += [_case({**c, **PLAIN}, n) for c in _spacings() for n in (1, 2, 3)]
     return cases

@@ -1,0 +1,58 @@
+"""The README says what the code does."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxdiff as jd
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_solver_table_is_the_catalogue():
+    table = README.split("<!-- solvers -->\n")[1].split("\n<!-- /solvers -->")[0]
+    assert table == jd.solvers.markdown_table()
+
+
+def test_links_lead_to_files():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_notebook_example_runs():
+    names = {}
+    exec(python_blocks()[0], names)
+    assert names["x_0s"].shape == (4, 1000, 2)
+    # Two components at +-2: half of the samples each, and none astray.
+    sides = np.asarray(names["x_0"][:, 0])
+    assert abs(np.mean(sides > 0) - 0.5) < 0.06
+    assert np.mean(np.abs(np.abs(sides) - 2) < 1.2) > 0.99
+
+
+def test_the_example_of_a_new_sampler_is_ddim():
+    names = {}
+    exec(python_blocks()[1], names)
+    grid = jd.grids.half_log_snr(jd.processes.vp_linear(), 5)
+    mine, ours = names["my_ddim"](grid), jd.solvers.ddim(grid)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(ours)):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_the_example_of_guidance_runs():
+    denoiser = jd.Denoiser(lambda x, t, c: x * (1.0 + 0.0 * t) - c[:, None], "x0")
+    names = {
+        "jd": jd, "denoiser": denoiser, "labels": jnp.array([1, 2]), "x_T": jnp.zeros((2, 2)),
+        "tableau": jd.solvers.ddim(jd.grids.half_log_snr(jd.processes.vp_linear(), 1)),
+    }  # fmt: skip
+    exec(python_blocks()[-1], names)
+    assert names["x_0"].shape == (2, 2)
