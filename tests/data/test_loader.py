@@ -82,7 +82,12 @@ def test_blocks_of_all_processes_are_the_global_batch(process_count, threads):
     parts = [
         _take(
             data.loader(
-                source, 12, 5, process_index=p, process_count=process_count, flip=True,
+                source,
+                12,
+                5,
+                process_index=p,
+                process_count=process_count,
+                flip=True,
                 threads=threads,
             ),
             6,

@@ -49,20 +49,13 @@ def loss_and_grad(module, variables, x, t, cond, keys):
     return value, grad, out
 
 
-@functools.cache
-def setup(name, seed=0):
+@pytest.fixture
+def setup(name, random_variables):
     """(module, variables with no zeros among them, x, t, labels)."""
     module, shape = NETWORKS[name]
-    x = jax.random.normal(jax.random.key(seed + 1), shape)
+    x = jax.random.normal(jax.random.key(1), shape)
     t = jnp.array([0.1, 0.4, 0.4, 0.9])
-    made = jax.eval_shape(module.init, jax.random.key(seed), x, t)
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), leaf.dtype)
-
-    return module, jax.tree_util.tree_map_with_path(fill, made), x, t, jnp.array([0, 1, 2, 1])
+    return module, random_variables(module, x, t), x, t, jnp.array([0, 1, 2, 1])
 
 
 def keys_for(seed):
@@ -82,8 +75,8 @@ def test_output_at_initialisation_is_exactly_zero_and_only_params_are_made(name)
 
 
 @every_network
-def test_scalar_t_and_label_equal_full_vectors(name):
-    module, variables, x, _, _ = setup(name)
+def test_scalar_t_and_label_equal_full_vectors(name, setup):
+    module, variables, x, _, _ = setup
     np.testing.assert_array_equal(
         forward(module, variables, x, 0.37, jnp.asarray(2)),
         forward(module, variables, x, jnp.full(4, 0.37), jnp.full(4, 2)),
@@ -91,8 +84,8 @@ def test_scalar_t_and_label_equal_full_vectors(name):
 
 
 @every_network
-def test_samples_do_not_see_each_other_and_each_input_counts(name):
-    module, variables, x, t, labels = setup(name)
+def test_samples_do_not_see_each_other_and_each_input_counts(name, setup):
+    module, variables, x, t, labels = setup
     out = forward(module, variables, x, t, labels)
     order = jnp.array([2, 0, 3, 1])
     shuffled = forward(module, variables, x[order], t[order], labels[order])
@@ -109,8 +102,8 @@ def test_samples_do_not_see_each_other_and_each_input_counts(name):
 
 
 @every_network
-def test_no_label_is_the_null_label(name):
-    module, variables, x, t, _ = setup(name)
+def test_no_label_is_the_null_label(name, setup):
+    module, variables, x, t, _ = setup
     np.testing.assert_allclose(
         forward(module, variables, x, t),
         forward(module, variables, x, t, jnp.full(4, CLASSES)), rtol=1e-5, atol=1e-6,
@@ -118,8 +111,8 @@ def test_no_label_is_the_null_label(name):
 
 
 @every_network
-def test_remat_changes_neither_parameters_nor_values_nor_gradients(name):
-    module, variables, x, t, labels = setup(name)
+def test_remat_changes_neither_parameters_nor_values_nor_gradients(name, setup):
+    module, variables, x, t, labels = setup
     plain = module.clone(dropout=0.3)
     remat = module.clone(dropout=0.3, remat=True)
     made = jax.eval_shape(remat.init, jax.random.key(0), x, t)
@@ -129,13 +122,15 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients(name):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), actual, expected
     )
-    text = jax.make_jaxpr(lambda v: remat.apply(v, x, t))(variables)
-    assert "checkpoint" in str(text) or "remat" in str(text)
+    # Every block is one rematerialised call; the layers at both ends are not.
+    blocks = set(variables["params"]) - {"condition", "in", "modulation", "norm_out", "out"}
+    equations = jax.make_jaxpr(remat.apply)(variables, x, t).eqns
+    assert sum(e.primitive.name in ("remat2", "checkpoint") for e in equations) == len(blocks)
 
 
 @every_network
-def test_gradients_reach_every_parameter(name):
-    module, variables, x, t, _ = setup(name)
+def test_gradients_reach_every_parameter(name, setup):
+    module, variables, x, t, _ = setup
     labels = jnp.array([0, 1, 2, 3])  # the null row is a parameter too
     module = module.clone(dropout=0.3)
     _, grad, _ = loss_and_grad(module, variables, x, t, labels, keys_for(0))
@@ -148,8 +143,8 @@ def test_gradients_reach_every_parameter(name):
 
 
 @every_network
-def test_dropout_draws_by_its_key_only_in_training(name):
-    module, variables, x, t, labels = setup(name)
+def test_dropout_draws_by_its_key_only_in_training(name, setup):
+    module, variables, x, t, labels = setup
     module = module.clone(dropout=0.3)
     keys = [keys_for(0), keys_for(0), keys_for(0) | {"dropout": jax.random.key(1)}]
     outs = [loss_and_grad(module, variables, x, t, labels, k)[2] for k in keys]
@@ -162,8 +157,8 @@ def test_dropout_draws_by_its_key_only_in_training(name):
 
 
 @every_network
-def test_bfloat16_computes_close_to_float32_with_float32_output(name):
-    module, variables, x, t, labels = setup(name)
+def test_bfloat16_computes_close_to_float32_with_float32_output(name, setup):
+    module, variables, x, t, labels = setup
     expected = forward(module, variables, x, t, labels)
     half = module.clone(dtype=jnp.bfloat16)
     out = forward(half, variables, x, t, labels)
@@ -175,8 +170,8 @@ def test_bfloat16_computes_close_to_float32_with_float32_output(name):
 
 
 @every_network
-def test_vmap_over_stacked_parameters_is_a_loop(name):
-    module, first, x, t, labels = setup(name)
+def test_vmap_over_stacked_parameters_is_a_loop(name, setup):
+    module, first, x, t, labels = setup
     second = jax.tree.map(lambda a: 0.9 * a, first)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), first, second)
     out = jit(jax.vmap(lambda v: module.apply(v, x, t, labels)))(stacked)
@@ -197,8 +192,8 @@ def test_modules_are_equal_hashable_and_pickle(name):
 
 
 @every_network
-def test_float64_in_float64_out(name):
-    module, variables, x, t, labels = setup(name)
+def test_float64_in_float64_out(name, setup):
+    module, variables, x, t, labels = setup
     with jax.enable_x64(True):
         x64 = jnp.asarray(np.asarray(x), jnp.float64)
         out = forward(module.clone(dtype=jnp.float64), variables, x64, t, labels)
@@ -209,8 +204,8 @@ def test_float64_in_float64_out(name):
 
 
 @every_network
-def test_bad_calls_name_what_is_wrong(name):
-    module, variables, x, t, labels = setup(name)
+def test_bad_calls_name_what_is_wrong(name, setup):
+    module, variables, x, t, labels = setup
 
     def refuses(match, *args, module=module, **options):
         with pytest.raises(ValueError, match=match):
@@ -224,7 +219,8 @@ def test_bad_calls_name_what_is_wrong(name):
     refuses(r"\['text'\]; this network takes", x, t, {"text": labels})
     refuses("num_classes=None", x, t, labels, module=module.clone(num_classes=None))
     refuses(r"rate of 0.1 needs a key: apply\(..., rngs={'label'", x, t, labels, train=True)
-    refuses("rate of 0.5 needs a key.*'dropout'", x, t, module=module.clone(dropout=0.5), train=True)
+    dropping = module.clone(dropout=0.5)
+    refuses("rate of 0.5 needs a key.*'dropout'", x, t, module=dropping, train=True)
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
         module.clone(dropout=1.0)
     with pytest.raises(ValueError, match=r"label_dropout must lie in \[0, 1\), got -0.1"):

@@ -8,12 +8,6 @@ from jaxdiff.models import UNet
 from jaxdiff.models.unet import AttentionBlock, ResBlock, _down, _up, num_groups, num_heads
 
 
-def random_variables(module, *args):
-    rng = np.random.default_rng(0)
-    made = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)
-    return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype), made)
-
-
 def shapes(module, shape, cond=None):
     made = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape), 0.0, cond)
     return made["params"]
@@ -103,9 +97,8 @@ def group_norm(layer, h, groups):
     for b in range(h.shape[0]):
         for g in range(groups):
             part = h[b, ..., g * size : (g + 1) * size]
-            out[b, ..., g * size : (g + 1) * size] = (part - part.mean()) / np.sqrt(
-                part.var() + 1e-5
-            )
+            normal = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+            out[b, ..., g * size : (g + 1) * size] = normal
     return out * layer["scale"] + layer["bias"]
 
 
@@ -131,20 +124,120 @@ def four_copies(h):
     "channels, resample, plain",
     [(8, None, lambda h: h), (12, _down, mean_of_four), (8, _up, four_copies)],
 )
-def test_residual_block_is_adm_s(channels, resample, plain):
+def test_residual_block_is_adm_s(channels, resample, plain, random_variables):
     module = ResBlock(channels, resample, 0.0, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (2, 4, 6, 8))
     c = jax.random.normal(jax.random.key(2), (2, 5))
-    variables = random_variables(lambda_module := module, x, c, False) if False else None
-    variables = random_variables(_Plain(module), x, c)
+    variables = random_variables(module, x, c, static=(False,))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
     x64, c64 = np.asarray(x, np.float64), np.asarray(c, np.float64)
-    h = plain(silu(group_norm(p["norm_in"], x64, 2)))
-    h = conv(p["conv_in"], h)
+    h = conv(p["conv_in"], plain(silu(group_norm(p["norm_in"], x64, 2))))
     modulation = silu(c64) @ p["modulation"]["kernel"] + p["modulation"]["bias"]
-    scale, shift = modulation[:, None, None, :channels], modulation[:, None, None, channels:]
-    h = group_norm(p["norm_out"], h, {8: 2, 12: 3}[channels]) * (1 + scale) + shift
+    scale, shift = np.split(modulation[:, None, None], 2, axis=-1)
+    h = group_norm(p["norm_out"], h, channels // 4) * (1 + scale) + shift
     expected = conv(p["conv_out"], silu(h))
-    expected += conv(p["skip"], plain(x64)) if channels != 8 else plain(x64)
+    expected += plain(x64) if channels == 8 else conv(p["skip"], plain(x64))
     out = jax.jit(module.apply, static_argnums=3)(variables, x, c, False)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_block_attends_over_all_pixels(random_variables):
+    module = AttentionBlock(4, jax.nn.dot_product_attention, jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (2, 2, 3, 8))
+    variables = random_variables(module, x)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+    h = group_norm(p["norm"], np.asarray(x, np.float64), 2).reshape(2, 6, 8)
+    qkv = h @ p["attention"]["qkv"]["kernel"] + p["attention"]["qkv"]["bias"]
+    mixed = np.zeros_like(h)
+    for b in range(2):
+        for head in (slice(0, 4), slice(4, 8)):
+            q, k, v = (qkv[b, :, 8 * i : 8 * i + 8][:, head] for i in range(3))
+            weights = np.exp(q @ k.T / 2)
+            mixed[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v
+    out = mixed @ p["attention"]["out"]["kernel"] + p["attention"]["out"]["bias"]
+    np.testing.assert_allclose(
+        jax.jit(module.apply)(variables, x), x + out.reshape(x.shape), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_groups_and_heads_adapt_to_the_channels():
+    for channels in range(1, 300):
+        groups = num_groups(channels)
+        assert channels % groups == 0 and groups <= 32
+        assert groups == 1 or channels // groups >= 4
+    known = {1: 1, 8: 2, 12: 3, 40: 10, 100: 25, 128: 32, 192: 32, 144: 24}
+    assert {c: num_groups(c) for c in known} == known
+    assert [num_heads(c, 64) for c in (16, 64, 192)] == [1, 1, 3]
+    with pytest.raises(ValueError, match="head_channels 64 does not divide 96 channels"):
+        num_heads(96, 64)
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+TINY = {"width": 8, "num_blocks": 1, "head_channels": 8}
+
+
+def test_attention_sits_at_the_chosen_sizes_and_in_the_middle():
+    module = UNet(**TINY, multipliers=(1, 2, 2), attention_resolutions=(4, 2))
+    # The shorter side counts: 8 x 16, 4 x 8 and 2 x 4.
+    params = shapes(module, (1, 8, 16, 3))
+    assert sorted(name for name in params if "attention" in name) == [
+        "down_1_attention_0", "down_2_attention_0", "middle_attention",
+        "up_1_attention_0", "up_1_attention_1", "up_2_attention_0", "up_2_attention_1",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"\[5\] are not among the feature map sizes \[8, 4, 2\]"):
+        shapes(module.clone(attention_resolutions=(8, 5)), (1, 8, 8, 3))
+
+
+def test_an_image_is_seen_and_its_bad_shapes_are_refused(random_variables):
+    module = UNet(**TINY, multipliers=(1,), attention_resolutions=(), image_channels=2)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+    image = jax.random.normal(jax.random.key(2), (2, 4, 4, 2))
+    plain = module.clone(image_channels=0)
+    # With no weight on the image's channels it is the network without them.
+    variables = random_variables(plain, x, 0.5)
+    kernel = variables["params"]["in"]["kernel"]
+    wide = jnp.concatenate([kernel, jnp.zeros((3, 3, 2, 8))], axis=2)
+    layer = variables["params"]["in"] | {"kernel": wide}
+    blind = {"params": variables["params"] | {"in": layer}}
+    apply = jax.jit(module.apply)
+    out = apply(blind, x, 0.5, {"image": image})
+    expected = jax.jit(plain.apply)(variables, x, 0.5)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    layer = variables["params"]["in"] | {"kernel": wide.at[:, :, 3:].set(0.3)}
+    seeing = {"params": variables["params"] | {"in": layer}}
+    changed = apply(seeing, x, 0.5, {"image": image})
+    assert np.abs(changed - out).max() > 1e-2
+
+    def refuses(match, module, cond):
+        with pytest.raises(ValueError, match=match):
+            module.apply(seeing, x, 0.5, cond)
+
+    refuses(r'cond\["image"\] of shape \(2, 4, 4, 2\) is needed, got none', module, None)
+    refuses(r"shape \(2, 4, 4, 2\), got \(2, 4, 4, 1\)", module, {"image": image[..., :1]})
+    refuses(r"shape \(2, 4, 4, 2\), got \(2, 2, 4, 2\)", module, {"image": image[:, :2]})
+    refuses("network with image_channels=0", plain, {"image": image})
+
+
+def test_variance_is_the_second_half(random_variables):
+    module = UNet(**TINY, multipliers=(1,), attention_resolutions=(), learn_sigma=True)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+    variables = random_variables(module, x, 0.5)
+    apply = jax.jit(module.apply, static_argnames="method")
+    prediction, variance = apply(variables, x, 0.5, method="with_variance")
+    np.testing.assert_allclose(apply(variables, x, 0.5), prediction, rtol=1e-5, atol=1e-6)
+    # The network of the first (second) half of the last layer's filters.
+    plain = jax.jit(module.clone(learn_sigma=False).apply)
+    for part, expected in ((slice(0, 3), prediction), (slice(3, 6), variance)):
+        layer = {name: a[..., part] for name, a in variables["params"]["out"].items()}
+        half = {"params": variables["params"] | {"out": layer}}
+        np.testing.assert_allclose(plain(half, x, 0.5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_sizes_and_options():
+    with pytest.raises(ValueError, match="3 levels need a size divisible by 4, got 8 x 6"):
+        shapes(UNet(**TINY, multipliers=(1, 1, 1)), (1, 8, 6, 3))
+    with pytest.raises(ValueError, match=r"one of \('block', 'conv'\), got 'pool'"):
+        UNet(resample="pool")
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\)"):
+        shapes(UNet(**TINY), (8, 8, 3))

@@ -1,0 +1,12 @@
+"""Networks (Flax Linen) and adapters that make denoisers of them.
+
+Every network is called `apply(variables, x, t, cond=None, train=False)` and returns x's shape.
+"""
+
+from jaxdiff.models.adapters import from_linen, from_nnx
+from jaxdiff.models.dit import DiT
+from jaxdiff.models.embeddings import check_labels
+from jaxdiff.models.mlp import MLP
+from jaxdiff.models.unet import UNet
+
+__all__ = ["DiT", "MLP", "UNet", "check_labels", "from_linen", "from_nnx"]

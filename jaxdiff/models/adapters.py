@@ -1,0 +1,82 @@
+"""Denoisers from Flax networks, Linen and NNX.
+
+Any function fn(params, x, t[, cond]) makes a `Denoiser`; these two turn a network into one, so that
+a second denoiser of the same network with other parameters compiles nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from jaxdiff.denoisers import Denoiser
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenFn:
+    module: nn.Module
+    train: bool
+    has_rngs: bool
+
+    def __call__(self, params, x, t, cond=None):
+        variables, rngs = params if self.has_rngs else (params, None)
+        args = () if cond is None else (cond,)
+        options = {"train": True} if self.train else {}
+        return self.module.apply(variables, x, t, *args, rngs=rngs, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NNXFn:
+    graphdef: nnx.GraphDef
+
+    def __call__(self, state, x, t, cond=None):
+        args = () if cond is None else (cond,)
+        return nnx.merge(self.graphdef, state)(x, t, *args)
+
+
+def from_linen(
+    module: nn.Module, params: Mapping[str, Any], prediction: str = "eps",
+    time: Callable | None = None, train: bool = False, rngs: Mapping[str, Any] | None = None,
+) -> Denoiser:  # fmt: skip
+    """Denoiser of a Linen module: module.apply(params, x, t[, cond]).
+
+    Arguments:
+      module: takes (x, t) and, if `sample` is given one, cond; `train=True` too if train is set.
+      params: all its variables, {"params": ...}, as `module.init` returns them.
+      prediction: what it predicts, one of `jaxdiff.predictions.PREDICTIONS`.
+      time: (t, alpha, sigma) -> the module's t; None passes t.
+      train: call it in training mode.
+      rngs: keys for that, e.g. {"dropout": key, "label": key}.
+
+    The denoiser's params are the variables, or (variables, rngs) if rngs are given. For EDM's
+    preconditioning pass its parts on: `precondition(d.fn, params=d.params)`. Raises TypeError for a
+    module that cannot be hashed (an array in a field), ValueError for variables without "params".
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a Linen module, got {type(module).__name__}")
+    try:
+        hash(module)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(module).__name__} cannot be hashed ({error}): keep arrays out of its fields"
+        ) from error
+    if not isinstance(params, Mapping) or "params" not in params:
+        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f'params must be the variables {{"params": ...}}, got {found}')
+    fn = _LinenFn(module, train, rngs is not None)
+    return Denoiser(fn, prediction, params if rngs is None else (params, rngs), time)
+
+
+def from_nnx(model: nnx.Module, prediction: str = "eps", time: Callable | None = None) -> Denoiser:
+    """Denoiser of an NNX module: model(x, t[, cond]).
+
+    The model is split once; the denoiser's params are its whole state. A call leaves that state as
+    it is, so random layers would repeat their draw: call `model.eval()` first. `prediction` and
+    `time` as in `from_linen`. Raises TypeError for anything but an NNX module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"expected an NNX module, got {type(model).__name__}")
+    graphdef, state = nnx.split(model)
+    return Denoiser(_NNXFn(graphdef), prediction, state, time)

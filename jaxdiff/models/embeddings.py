@@ -1,0 +1,192 @@
+"""Embeddings of what a network is conditioned on: the time, a class label, a position.
+
+`cond` is None, integer labels, or a dict {"label": ..., "image": ...}. Labels are 0 to
+num_classes - 1, and num_classes itself is the null label of classifier-free guidance.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxdiff.arrays import is_concrete
+
+DEFAULT_INIT = nn.initializers.xavier_uniform()
+
+
+def sinusoidal(
+    t: Float[Array, " batch"], features: int, max_period: float = 10_000.0
+) -> Float[Array, "batch features"]:
+    """Sinusoidal features of a time (Vaswani et al., 2017; Ho et al., "DDPM", 2020).
+
+        [cos(w_0 t), ..., cos(w_{n-1} t), sin(w_0 t), ..., sin(w_{n-1} t)],
+        w_i = max_period^(-i / n),  n = features // 2
+
+    An odd `features` is filled up with one zero.
+    """
+    half = features // 2
+    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half)
+    angles = t[:, None] * frequencies.astype(t.dtype)
+    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(waves, ((0, 0), (0, features % 2)))
+
+
+def sincos_2d(height: int, width: int, features: int) -> Float[Array, "height width features"]:
+    """Fixed positions on a grid, as in DiT and MAE (He et al., 2022), float32.
+
+    The first half of the features encodes the column w, the second half the row h, each as
+    [sin(w f_i), cos(w f_i)] with f_i = 10000^(-i / n), n = features // 4. Raises ValueError if
+    `features` is not a multiple of 4.
+    """
+    if features % 4:
+        raise ValueError(f"2-D positions need a multiple of 4 features, got {features}")
+    n = features // 4
+
+    def encode(count):
+        angles = np.arange(count)[:, None] * 10_000.0 ** (-np.arange(n) / n)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+    # Broadcast on the device: the program holds two short tables, not the whole grid.
+    shape = (height, width, 2 * n)
+    columns = jnp.broadcast_to(encode(width)[None, :], shape)
+    rows = jnp.broadcast_to(encode(height)[:, None], shape)
+    return jnp.concatenate([columns, rows], axis=-1)
+
+
+def read_cond(cond: Any, accepted: tuple[str, ...] = ("label",)) -> dict[str, Any]:
+    """`cond` as a dict without absent entries; bare labels become {"label": cond}.
+
+    Raises ValueError for a key that the network does not take.
+    """
+    if not isinstance(cond, Mapping):
+        cond = {"label": cond}
+    unknown = sorted(set(cond) - set(accepted))
+    if unknown:
+        raise ValueError(f"cond has the keys {unknown}; this network takes {list(accepted)}")
+    return {key: value for key, value in cond.items() if value is not None}
+
+
+def check_labels(labels: ArrayLike, batch: int, num_classes: int, null: bool) -> None:
+    """Raise ValueError unless `labels` are integers, [batch] or scalar, of existing classes.
+
+    The range is 0 to num_classes - 1, and num_classes too if there is a `null` label. It is checked
+    where the values are known; tracers pass (and an embedding out of range is NaN).
+    """
+    shape, dtype = np.shape(labels), jnp.result_type(labels)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {dtype}")
+    if shape not in ((), (batch,)):
+        raise ValueError(f"labels must be a scalar or have shape ({batch},), got {shape}")
+    if is_concrete(labels) and getattr(labels, "is_fully_addressable", True):
+        values = np.asarray(labels)
+        wrong = values[(values < 0) | (values >= num_classes + null)]
+        if wrong.size:
+            also = f" ({num_classes} is the null label)" if null else ""
+            raise ValueError(
+                f"labels must lie in 0 to {num_classes + null - 1}{also}, got {wrong.ravel()[0]}"
+            )
+
+
+def check_rng(module: nn.Module, name: str, rate: float, train: bool) -> None:
+    """Raise ValueError if training drops at `rate` > 0 and no key was given for it."""
+    if train and rate > 0 and not module.has_rng(name):
+        raise ValueError(
+            f"train=True with a rate of {rate} needs a key: apply(..., rngs={{{name!r}: key}})"
+        )
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raise ValueError unless the dropout rate lies in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {rate!r}")
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of time_scale * t through Dense, SiLU, Dense: [batch, features]."""
+
+    features: int
+    frequencies: int = 256
+    time_scale: float = 1000.0
+    kernel_init: Callable = DEFAULT_INIT
+
+    @nn.compact
+    def __call__(self, t: ArrayLike, batch: int) -> Float[Array, "batch features"]:
+        t = jnp.asarray(t)
+        if t.shape not in ((), (batch,)):
+            raise ValueError(f"t must be a scalar or have shape ({batch},), got {t.shape}")
+        t = jnp.broadcast_to(t.astype(jnp.promote_types(t.dtype, jnp.float32)), (batch,))
+        h = sinusoidal(self.time_scale * t, self.frequencies)
+        h = nn.Dense(self.features, kernel_init=self.kernel_init, name="hidden")(h)
+        return nn.Dense(self.features, kernel_init=self.kernel_init, name="out")(nn.silu(h))
+
+
+class LabelEmbedding(nn.Module):
+    """A learned vector for each class: [batch, features] (Ho & Salimans, 2022, for the null one).
+
+    With `label_dropout` > 0 there is one more row, for the null label num_classes: labels None mean
+    it, and in training each label becomes it with that probability (rng "label").
+    """
+
+    num_classes: int
+    features: int
+    label_dropout: float = 0.1
+    embedding_init: Callable = nn.initializers.normal(1.0)
+
+    @nn.compact
+    def __call__(
+        self, labels: ArrayLike | None, batch: int, train: bool
+    ) -> Float[Array, "batch features"]:
+        null = self.label_dropout > 0
+        if labels is None:
+            if not null:
+                raise ValueError(
+                    f"labels are needed: this network has {self.num_classes} classes and, with "
+                    "label_dropout=0, no null label"
+                )
+            labels = self.num_classes
+        check_labels(labels, batch, self.num_classes, null)
+        check_rng(self, "label", self.label_dropout, train)
+        labels = jnp.broadcast_to(jnp.asarray(labels), (batch,))
+        if train and null:
+            drop = jax.random.bernoulli(self.make_rng("label"), self.label_dropout, (batch,))
+            labels = jnp.where(drop, self.num_classes, labels)
+        rows = self.num_classes + null
+        # A traced negative label would count from the end; out of range it is NaN.
+        labels = jnp.where(labels < 0, rows, labels)
+        table = nn.Embed(rows, self.features, embedding_init=self.embedding_init, name="table")
+        return table(labels)
+
+
+class ConditionEmbedding(nn.Module):
+    """Embedding of the time plus, if there are classes, of the label: [batch, features].
+
+    Always computed in float32: in bfloat16 neighbouring times would coincide. Raises ValueError for
+    a label where num_classes is None.
+    """
+
+    features: int
+    frequencies: int = 256
+    time_scale: float = 1000.0
+    num_classes: int | None = None
+    label_dropout: float = 0.1
+    kernel_init: Callable = DEFAULT_INIT
+    embedding_init: Callable = nn.initializers.normal(1.0)
+
+    @nn.compact
+    def __call__(
+        self, t: ArrayLike, labels: ArrayLike | None, batch: int, train: bool
+    ) -> Float[Array, "batch features"]:
+        c = TimeEmbedding(
+            self.features, self.frequencies, self.time_scale, self.kernel_init, name="time"
+        )(t, batch)
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("a label was given to a network made with num_classes=None")
+            return c
+        return c + LabelEmbedding(
+            self.num_classes, self.features, self.label_dropout, self.embedding_init, name="label"
+        )(labels, batch, train)

@@ -1,0 +1,82 @@
+"""What the image networks share: the call, the learned variance, self-attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxdiff.models.embeddings import DEFAULT_INIT
+
+QK_NORMS = {None: None, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+class ImageNetwork(nn.Module):
+    """Base of networks for images, x [batch, height, width, channels].
+
+    A network whose `learn_sigma` is True has twice the output channels. The call returns the first
+    half, the prediction, in x's shape, so such a network samples and trains like any other;
+    `apply(..., method="with_variance")` returns both halves.
+    """
+
+    learn_sigma: bool = False
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None, *,
+        train: bool = False,
+    ) -> Float[Array, "batch height width channels"]:  # fmt: skip
+        """The prediction, in x's shape."""
+        return self._forward(x, t, cond, train)[..., : x.shape[-1]]
+
+    def with_variance(
+        self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None, *,
+        train: bool = False,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """(prediction, variance output), both in x's shape.
+
+        The second is the interpolation v of Nichol & Dhariwal (2021) before it is scaled from
+        [-1, 1] to [0, 1]. Raises ValueError unless learn_sigma is True.
+        """
+        if not self.learn_sigma:
+            raise ValueError("no variance output: this network was made with learn_sigma=False")
+        prediction, variance = jnp.split(self._forward(x, t, cond, train), 2, axis=-1)
+        return prediction, variance
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over tokens [batch, tokens, width], biases on every projection.
+
+    Attributes:
+      num_heads: heads, a divisor of the width.
+      qk_norm: None, "rms" or "layer": a norm with learned parameters on each head's queries and
+        keys, so that logits stay bounded (Dehghani et al., ViT-22B, 2023; Esser et al., SD3, 2024).
+      attention: (q, k, v), each [batch, tokens, heads, head width], to the same shape.
+      out_init: initialiser of the output projection.
+    """
+
+    num_heads: int
+    qk_norm: str | None = None
+    attention: Callable = jax.nn.dot_product_attention
+    out_init: Callable = DEFAULT_INIT
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        qkv = nn.Dense(3 * width, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.qk_norm is not None:
+            norm = QK_NORMS[self.qk_norm]
+            q = norm(epsilon=1e-6, dtype=self.dtype, name="q_norm")(q)
+            k = norm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
+        out = self.attention(q, k, v).reshape(batch, tokens, width)
+        return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
+
+
+def check_image(x: Array) -> None:
+    """Raise ValueError unless x is [batch, height, width, channels]."""
+    if jnp.ndim(x) != 4:
+        raise ValueError(f"x must be [batch, height, width, channels], got shape {jnp.shape(x)}")

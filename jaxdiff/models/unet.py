@@ -1,0 +1,265 @@
+"""The convolutional UNet of DDPM (Ho et al., 2020) in ADM's form (Dhariwal & Nichol, "Diffusion
+models beat GANs on image synthesis", 2021)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.models.embeddings import (
+    DEFAULT_INIT,
+    ConditionEmbedding,
+    check_rate,
+    check_rng,
+    read_cond,
+)
+from jaxdiff.models.network import ImageNetwork, SelfAttention, check_image
+
+RESAMPLINGS = ("block", "conv")
+
+
+def num_groups(channels: int) -> int:
+    """Groups of a GroupNorm: at most 32, of at least 4 channels, and a divisor of `channels`.
+
+    32 (ADM's number) wherever 32 divides 128 or more channels.
+    """
+    most = max(1, min(32, channels // 4))
+    return max(g for g in range(1, most + 1) if channels % g == 0)
+
+
+def num_heads(channels: int, head_channels: int) -> int:
+    """Heads of an attention over `channels`; fewer channels than head_channels make one head."""
+    if channels <= head_channels:
+        return 1
+    if channels % head_channels:
+        raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
+    return channels // head_channels
+
+
+def _group_norm(x, dtype, name):
+    return nn.GroupNorm(num_groups(x.shape[-1]), epsilon=1e-5, dtype=dtype, name=name)(x)
+
+
+def _up(x):
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def _down(x):
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block, with `resample` (`_up`, `_down` or None) inside both branches.
+
+        skip(x) + conv_0 silu(GN(conv silu(GN(x))) (1 + scale) + shift)
+
+    scale and shift are linear in silu(c); conv_0 starts at zero; skip is a 1 x 1 convolution where
+    the number of channels changes.
+    """
+
+    channels: int
+    resample: Callable | None
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w channels"], c: Float[Array, "batch features"], train: bool
+    ) -> Float[Array, "batch h_out w_out channels_out"]:
+        def conv(size, name, init=DEFAULT_INIT):
+            return nn.Conv(
+                self.channels, (size, size), kernel_init=init, dtype=self.dtype, name=name
+            )
+
+        h = nn.silu(_group_norm(x, self.dtype, "norm_in"))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = conv(3, "conv_in")(h)
+        modulation = nn.Dense(
+            2 * self.channels, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="modulation"
+        )(nn.silu(c))
+        scale, shift = jnp.split(modulation[:, None, None], 2, axis=-1)
+        h = nn.silu(_group_norm(h, self.dtype, "norm_out") * (1 + scale) + shift)
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = conv(3, "conv_out", nn.initializers.zeros)(h)
+        if x.shape[-1] != self.channels:
+            x = conv(1, "skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(GN(x)) over all pixels; the output projection starts at zero."""
+
+    head_channels: int
+    attention: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
+        batch, _, _, channels = x.shape
+        h = _group_norm(x, self.dtype, "norm").reshape(batch, -1, channels)
+        heads = num_heads(channels, self.head_channels)
+        h = SelfAttention(
+            heads, None, self.attention, nn.initializers.zeros, self.dtype, name="attention"
+        )(h)
+        return x + h.reshape(x.shape)
+
+
+class UNet(ImageNetwork):
+    """ADM's UNet: `apply(variables, x, t, cond, train=False)`.
+
+    x is [batch, height, width, channels]. Level i works at 1 / 2^i of the size with width *
+    multipliers[i] channels; it has num_blocks residual blocks on the way down and num_blocks + 1 on
+    the way up, each of those with a skip connection; in the middle are two around an attention. The
+    embedding of (t, label) scales and shifts in each block. Convolutions start as DDPM's
+    (Xavier-uniform), the last one of each block and of the network at zero, so the output at
+    initialisation is 0.
+
+    With ADM's settings for ImageNet 64 (width 192, multipliers (1, 2, 3, 4), 3 blocks, attention at
+    32, 16, 8, 1000 classes without null label, learn_sigma) it has the paper's 296M parameters.
+
+    Attributes:
+      width: channels that the multipliers multiply.
+      multipliers: one per level; the size must be divisible by 2^(levels - 1).
+      num_blocks: residual blocks per level.
+      attention_resolutions: feature map sizes (the shorter side, in pixels) that also attend.
+      head_channels: channels of one attention head; fewer channels make one head.
+      resample: "block", down and up inside a residual block (ADM, DDPM++), or "conv", a strided
+        convolution and a nearest-neighbour upsampling with a convolution (DDPM).
+      image_channels: channels of cond["image"], which is concatenated to x; 0 for none.
+      num_classes: classes of the label, or None for a network without labels; num_classes itself is
+        the null label.
+      label_dropout: probability that training replaces a label by the null one (rng "label").
+      learn_sigma: twice the output channels; see `ImageNetwork`.
+      dropout: rate inside the residual blocks (rng "dropout").
+      time_scale: t is multiplied by it before the sinusoids (periods 2 pi to 20000 pi): 1000 for t
+        in [0, 1], 1 for integer timesteps.
+      dtype: of the computation; parameters, embeddings and the last layer stay float32.
+      remat: recompute blocks in the backward pass; same parameters, same values.
+      attention: (q, k, v), each [batch, pixels, heads, head width], to the same shape.
+
+    t is a scalar or [batch]; cond None, int labels (scalar or [batch]) or a dict with "label" and
+    "image" [batch, height, width, image_channels]. Returns x's shape in float32 (float64 for a
+    float64 x). Raises ValueError for sizes that do not divide, resolutions that no level has, wrong
+    shapes, labels out of range, a label or an image that is missing or not wanted, missing keys.
+    """
+
+    width: int = 128
+    multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    num_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    head_channels: int = 64
+    resample: str = "block"
+    image_channels: int = 0
+    num_classes: int | None = None
+    label_dropout: float = 0.1
+    dropout: float = 0.0
+    time_scale: float = 1000.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+    attention: Callable = jax.nn.dot_product_attention
+
+    def __post_init__(self):
+        check_rate("dropout", self.dropout)
+        check_rate("label_dropout", self.label_dropout)
+        if self.resample not in RESAMPLINGS:
+            raise ValueError(f"resample must be one of {RESAMPLINGS}, got {self.resample!r}")
+        super().__post_init__()
+
+    @nn.compact
+    def _forward(self, x, t, cond, train):
+        check_image(x)
+        check_rng(self, "dropout", self.dropout, train)
+        attends = self._attends(x)
+        cond = read_cond(cond, ("label", "image"))
+        c = ConditionEmbedding(
+            4 * self.width, self.width, self.time_scale, self.num_classes, self.label_dropout,
+            name="condition",
+        )(t, cond.get("label"), x.shape[0], train)  # fmt: skip
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        def residual(h, channels, name, resample=None):
+            return res_block(channels, resample, self.dropout, self.dtype, name=name)(h, c, train)
+
+        def attend(h, name):
+            return attention_block(
+                self.head_channels, self.attention, self.dtype, name=name
+            )(h)  # fmt: skip
+
+        def conv(h, channels, name, **options):
+            options = {"kernel_init": DEFAULT_INIT, "dtype": self.dtype} | options
+            return nn.Conv(channels, (3, 3), padding=1, name=name, **options)(h)
+
+        def down(h, name):
+            if self.resample == "block":
+                return residual(h, h.shape[-1], name, _down)
+            return conv(h, h.shape[-1], name, strides=2)
+
+        def up(h, name):
+            if self.resample == "block":
+                return residual(h, h.shape[-1], name, _up)
+            return conv(_up(h), h.shape[-1], name)
+
+        widths = [int(self.width * m) for m in self.multipliers]
+        h = conv(self._inputs(x, cond), widths[0], "in")
+        skips = [h]
+        for level, channels in enumerate(widths):
+            for i in range(self.num_blocks):
+                h = residual(h, channels, f"down_{level}_block_{i}")
+                if attends[level]:
+                    h = attend(h, f"down_{level}_attention_{i}")
+                skips.append(h)
+            if level < len(widths) - 1:
+                h = down(h, f"down_{level}_resample")
+                skips.append(h)
+        h = residual(h, widths[-1], "middle_block_0")
+        h = attend(h, "middle_attention")
+        h = residual(h, widths[-1], "middle_block_1")
+        for level, channels in reversed(list(enumerate(widths))):
+            for i in range(self.num_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = residual(h, channels, f"up_{level}_block_{i}")
+                if attends[level]:
+                    h = attend(h, f"up_{level}_attention_{i}")
+            if level > 0:
+                h = up(h, f"up_{level}_resample")
+        h = nn.silu(_group_norm(h, self.dtype, "norm_out"))
+        return conv(
+            h, x.shape[-1] * (1 + self.learn_sigma), "out",
+            kernel_init=nn.initializers.zeros, dtype=jnp.promote_types(x.dtype, jnp.float32),
+        )  # fmt: skip
+
+    def _attends(self, x):
+        """Whether each level attends."""
+        _, height, width, _ = x.shape
+        factor = 2 ** (len(self.multipliers) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{len(self.multipliers)} levels need a size divisible by {factor}, got "
+                f"{height} x {width}"
+            )
+        sizes = [min(height, width) // 2**i for i in range(len(self.multipliers))]
+        absent = [size for size in self.attention_resolutions if size not in sizes]
+        if absent:
+            raise ValueError(
+                f"attention_resolutions {absent} are not among the feature map sizes {sizes}"
+            )
+        return [size in self.attention_resolutions for size in sizes]
+
+    def _inputs(self, x: Array, cond: dict[str, Any]) -> Array:
+        """x, with the conditioning image behind its channels."""
+        image = cond.get("image")
+        if self.image_channels == 0:
+            if image is not None:
+                raise ValueError("an image was given to a network with image_channels=0")
+            return x
+        expected = (*x.shape[:3], self.image_channels)
+        if image is None:
+            raise ValueError(f'cond["image"] of shape {expected} is needed, got none')
+        if jnp.shape(image) != expected:
+            raise ValueError(f'cond["image"] must have shape {expected}, got {jnp.shape(image)}')
+        return jnp.concatenate([x, jnp.asarray(image, x.dtype)], axis=-1)
