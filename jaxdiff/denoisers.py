@@ -34,8 +34,8 @@ class Denoiser:
         `sample`. x is the state, leaves [batch, ...]; t is what `time` returns, by default the
         scalar t of the row. Returns the prediction, with x's structure and shapes. Use one
         module-level function (or a hashable object): a fresh closure recompiles.
-      prediction: one of `jaxdiff.predictions.PREDICTIONS`; or a tuple of them, and then fn returns a
-        tuple of predictions (for samplers that use, say, a clipped x0 and the unclipped eps).
+      prediction: one of `jaxdiff.predictions.PREDICTIONS`; or a tuple of them, and then fn returns
+        a tuple of predictions (for samplers that use, say, a clipped x0 and the unclipped eps).
       params: pytree passed first to fn.
       time: `(t, alpha, sigma) -> what the network wants`; None passes t.
       memory: pytree kept from one evaluation to the next (cached features, counters); if given, fn
@@ -101,7 +101,8 @@ def wrap(
     """A denoiser over a denoiser: fn(evaluate, strengths, x, (t, alpha, sigma), cond).
 
     `evaluate(x, t, alpha, sigma, cond)` calls the inner denoiser and keeps its memory. `strengths`
-    are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level function.
+    are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level
+    function.
     """
     return Denoiser(
         fn=_Wrapped(fn),
@@ -211,7 +212,8 @@ def precondition(
 
     the choice that gives F unit-variance inputs and targets and the least error amplification;
     alpha = 1 is Karras et al. (2022), table 1 and appendix B.6. `time(t, alpha, sigma)` replaces
-    c_noise. fn is called as `fn([params,] c_in x, c_noise[, cond])`.
+    c_noise, which is infinite at alpha = 0 and at sigma = 0. fn is called as `fn([params,] c_in x,
+    c_noise[, cond])`. Raises ValueError unless sigma_data > 0.
     """
     if is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
         raise ValueError(f"sigma_data must be positive, got {sigma_data!r}")
@@ -240,4 +242,5 @@ class _Preconditioned:
         args += (scaled(1.0 / size, x), self.time(t, alpha, sigma))
         out = self.fn(*args, *(() if cond is None else (cond,)))
         skip, gain = alpha * sigma_data**2 / size**2, sigma * sigma_data / size
+        out = jax.tree.map(lambda a, y: a.astype(jnp.promote_types(a.dtype, y.dtype)), out, x)
         return jax.tree.map(jnp.add, scaled(skip, x), scaled(gain, out))

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import is_concrete, namespace
-from jaxdiff.processes import DDPM, Process, VariancePreserving, ZeroTerminalSNR
+from jaxdiff.interpolation import pchip
+from jaxdiff.processes import DDPM, Process, ZeroTerminalSNR
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +74,11 @@ class Grid:
         """(t, alpha, sigma) at half-log-SNR `lam`, within the grid's span.
 
         Exact if the grid came from a process. From arrays, t is interpolated by the monotone cubic
-        of Fritsch & Butland (1984) in lambda, and alpha, sigma follow from alpha / sigma =
-        exp(lambda) with whichever of alpha, alpha + sigma, alpha^2 + sigma^2 is constant over the
-        nodes (else the last is interpolated).
+        of Fritsch & Butland (1984) in lambda, with three-point slopes at both ends (as scipy's
+        PchipInterpolator), and alpha, sigma follow from alpha / sigma = exp(lambda) with whichever
+        of alpha, alpha + sigma, alpha^2 + sigma^2 is constant over the nodes (else, or if the nodes
+        are traced, log(alpha^2 + sigma^2) is interpolated too). Raises ValueError for a `lam`
+        outside a grid from arrays.
         """
         if self._process is not None:
             t = self._process.time(lam)
@@ -92,8 +95,15 @@ class Grid:
         return self._process.rates(self.t)
 
     def insert(self, lam: ArrayLike) -> Grid:
-        """The grid with one more node at half-log-SNR `lam`, strictly between two nodes."""
+        """The grid with one more node at half-log-SNR `lam`, strictly between two nodes.
+
+        Raises ValueError for a `lam` outside the span or at a node.
+        """
         xp = namespace(self, lam)
+        if is_concrete(self, lam):
+            nodes = np.asarray(self.lam)
+            if not nodes.min() < lam < nodes.max() or np.any(nodes == lam):
+                raise ValueError(f"half-log-SNR {lam} is not between two nodes of {nodes}")
         where = xp.searchsorted(-self.lam if self.backward else self.lam,
                                 -lam if self.backward else lam)  # fmt: skip
         new = [xp.insert(a, where, b) for a, b in zip(self.node(slice(None)), self.at(lam))]
@@ -118,15 +128,17 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
         raise ValueError(f"a grid needs at least 2 nodes (1 step), got {np.shape(t)[0]}")
     if is_concrete(t, alpha, sigma):
         nodes = np.asarray(t, np.float64), np.asarray(alpha, np.float64), np.asarray(sigma, float)
-        if not all(np.all(np.isfinite(a)) for a in nodes):
-            raise ValueError("t, alpha and sigma must be finite at every node")
-        ends = (bool(nodes[1][-1 if backward else 0] == 0), bool(nodes[2][0 if backward else -1] == 0))
+        bad = np.flatnonzero(~np.all(np.isfinite(nodes), 0))
+        if bad.size:
+            at = ", ".join(f"{a[bad[0]]}" for a in nodes)
+            raise ValueError(f"t, alpha and sigma must be finite, got {at} at node {bad[0]}")
+        noise, data = (-1, 0) if backward else (0, -1)
+        ends = (bool(nodes[1][noise] == 0), bool(nodes[2][data] == 0))
         if namespace(t, alpha, sigma) is np:
             t, alpha, sigma = nodes
     grid = Grid(t, alpha, sigma, process, ends, backward)
     if is_concrete(t, alpha, sigma):
-        inner_alpha = np.delete(nodes[1], -1 if backward else 0)
-        inner_sigma = np.delete(nodes[2], 0 if backward else -1)
+        inner_alpha, inner_sigma = np.delete(nodes[1], noise), np.delete(nodes[2], data)
         if np.any(inner_alpha <= 0) or np.any(inner_sigma <= 0) or min(map(np.min, nodes[1:])) < 0:
             raise ValueError(
                 "alpha and sigma must be positive; only the first node may have alpha = 0 and only "
@@ -143,24 +155,6 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
     return grid
 
 
-def _pchip(xp, nodes, values, x):
-    """Monotone piecewise-cubic interpolation (Fritsch & Butland 1984), `nodes` increasing."""
-    h = nodes[1:] - nodes[:-1]
-    slope = (values[1:] - values[:-1]) / h
-    inner = xp.zeros_like(values[1:-1])
-    w1, w2 = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
-    same = slope[1:] * slope[:-1] > 0
-    left, right = xp.where(same, slope[:-1], 1.0), xp.where(same, slope[1:], 1.0)
-    inner = xp.where(same, (w1 + w2) / (w1 / left + w2 / right), inner)
-    d = xp.concatenate([slope[:1], inner, slope[-1:]])
-    i = xp.clip(xp.searchsorted(nodes, x, side="right") - 1, 0, nodes.shape[0] - 2)
-    u = (x - nodes[i]) / h[i]
-    return (
-        values[i] * (1 + 2 * u) * (1 - u) ** 2 + values[i + 1] * u**2 * (3 - 2 * u)
-        + h[i] * u * (1 - u) * (d[i] * (1 - u) - d[i + 1] * u)
-    )  # fmt: skip
-
-
 def _interpolate(grid: Grid, lam: ArrayLike) -> tuple[Any, Any, Any]:
     xp = namespace(grid, lam)
     keep = slice(int(grid.ends[0]), len(grid) - int(grid.ends[1]))
@@ -172,7 +166,7 @@ def _interpolate(grid: Grid, lam: ArrayLike) -> tuple[Any, Any, Any]:
         raise ValueError("interpolation needs two nodes with finite half-log-SNR")
     if is_concrete(nodes, lam) and not np.all((lam >= nodes[0] - 1e-9) & (lam <= nodes[-1] + 1e-9)):
         raise ValueError(f"half-log-SNR {lam} lies outside the grid's [{nodes[0]}, {nodes[-1]}]")
-    new_t = _pchip(xp, nodes, t, lam)
+    new_t = pchip(xp, nodes, t, lam)
     softplus = xp.logaddexp(xp.zeros_like(lam * 1.0), lam)  # log(1 + alpha / sigma)
     unit_sigma = {
         "alpha": -lam,
@@ -184,27 +178,37 @@ def _interpolate(grid: Grid, lam: ArrayLike) -> tuple[Any, Any, Any]:
         for name, size in (("alpha", alpha), ("sum", alpha + sigma)):
             if np.ptp(np.log(size)) < 1e-12:
                 kind, log_size = name, xp.log(size)
-    new_sigma = xp.exp(unit_sigma[kind] + _pchip(xp, nodes, log_size, lam))
+    new_sigma = xp.exp(unit_sigma[kind] + pchip(xp, nodes, log_size, lam))
     return new_t, new_sigma * xp.exp(lam), new_sigma
 
 
-def from_arrays(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Grid:
+def from_arrays(
+    t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, ends: tuple[bool, bool] = (False, False)
+) -> Grid:
     """A grid of any nodes, noise to data, each a vector [n + 1].
+
+    `ends` is for traced nodes, whose values the host cannot see: whether alpha is 0 at the first
+    and sigma is 0 at the last. Otherwise the values tell.
 
     Raises ValueError if log(alpha / sigma) does not strictly increase, or alpha or sigma is not
     positive (the first node may have alpha = 0, the last sigma = 0).
     """
     xp = namespace(t, alpha, sigma)
-    return _grid(xp.asarray(t), xp.asarray(alpha), xp.asarray(sigma))
+    return _grid(xp.asarray(t), xp.asarray(alpha), xp.asarray(sigma), ends=tuple(ends))
 
 
-def from_times(process: Process, t: ArrayLike, end: str = "t_min") -> Grid:
+def from_times(
+    process: Process, t: ArrayLike, end: str = "t_min", ends: tuple[bool, bool] | None = None
+) -> Grid:
     """The nodes of `process` at the times `t`, noise to data.
 
     `end="zero"` appends a last node with sigma = 0, alpha = 1: a final step to the data itself.
-    Times may be traced, to differentiate with respect to them.
+    Times may be traced, to differentiate with respect to them; then `ends` says whether alpha is 0
+    at the first node and sigma is 0 at the last, by default as if t ran from the process's t_max to
+    its t_min. Raises TypeError or ValueError for anything but a process and valid, ordered times.
     """
     _check_end(end)
+    _check_process(process)
     xp = namespace(t, process)
     t = xp.asarray(t)
     if t.ndim != 1 or t.shape[0] < (2 if end == "t_min" else 1):
@@ -216,9 +220,16 @@ def from_times(process: Process, t: ArrayLike, end: str = "t_min") -> Grid:
             xp.concatenate([a, xp.full((1,), b, dtype=a.dtype)])
             for a, b in ((t * 1.0, last), (alpha, 1.0), (sigma, 0.0))
         )
-    # Used only where the host cannot look at the nodes: then the span tells where the limits are.
-    ends = (process.t_max == process.noise_time, end == "zero" or process.t_min == process.data_time)
+    ends = _span_ends(process, process.t_max, process.t_min, end) if ends is None else tuple(ends)
     return _grid(t, alpha, sigma, process, ends)
+
+
+def _span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool, bool]:
+    """`Grid.ends` of a span; an end that is traced itself is taken to lie inside."""
+    return (
+        is_concrete(t_max) and bool(t_max == process.noise_time),
+        end == "zero" or (is_concrete(t_min) and bool(t_min == process.data_time)),
+    )
 
 
 def _check_end(end: str) -> None:
@@ -226,11 +237,15 @@ def _check_end(end: str) -> None:
         raise ValueError(f"end must be 't_min' or 'zero', got {end!r}")
 
 
+def _check_process(process: Any) -> None:
+    if not isinstance(process, Process):
+        raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
+
+
 def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, Any, Any]:
     """Ends of the span, and fractions 0..1 of its nodes."""
     _check_end(end)
-    if not isinstance(process, Process):
-        raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
+    _check_process(process)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
     t_max = process.t_max if t_max is None else t_max
@@ -255,11 +270,11 @@ def power(
 ) -> Grid:  # fmt: skip
     """Nodes uniform in t^(1 / exponent)."""
     t_max, t_min, u = _span(process, steps, t_max, t_min, end)
-    if not exponent > 0:
+    if is_concrete(exponent) and not exponent > 0:
         raise ValueError(f"the exponent must be positive, got {exponent!r}")
     inverse = 1.0 / exponent
     t = (t_max**inverse + u * (t_min**inverse - t_max**inverse)) ** exponent
-    return from_times(process, _exact_ends(t, t_max, t_min), end)
+    return _from_span(process, t, t_max, t_min, end)
 
 
 def quadratic(
@@ -276,7 +291,7 @@ def half_log_snr(
     t_max, t_min, u = _span(process, steps, t_max, t_min, end)
     first, last = _finite_lam(process, t_max, t_min)
     t = process.time(first + u * (last - first))
-    return from_times(process, _exact_ends(t, t_max, t_min), end)
+    return _from_span(process, t, t_max, t_min, end)
 
 
 def karras(
@@ -286,40 +301,57 @@ def karras(
     """Nodes uniform in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5)."""
     t_max, t_min, u = _span(process, steps, t_max, t_min, end)
     first, last = _finite_lam(process, t_max, t_min)
-    if not rho > 0:
+    if is_concrete(rho) and not rho > 0:
         raise ValueError(f"rho must be positive, got {rho!r}")
-    xp = namespace(first, last)
+    xp = namespace(first, last, rho)
     a, b = xp.exp(-first / rho), xp.exp(-last / rho)
     t = process.time(-rho * xp.log(a + u * (b - a)))
-    return from_times(process, _exact_ends(t, t_max, t_min), end)
+    return _from_span(process, t, t_max, t_min, end)
 
 
-def _exact_ends(t, t_max, t_min):
+def _from_span(process, t, t_max, t_min, end):
+    """`from_times` with the span's ends put in exactly."""
     xp = namespace(t, t_max, t_min)
-    ends = np.zeros(t.shape, int)
-    ends[-1], ends[0] = 2, 1  # a single node is the noise end
-    return xp.where(ends == 1, t_max, xp.where(ends == 2, t_min, t))
+    place = np.zeros(t.shape, int)
+    place[-1], place[0] = 2, 1  # a single node is the noise end
+    t = xp.where(place == 1, t_max, xp.where(place == 2, t_min, t))
+    return from_times(process, t, end, _span_ends(process, t_max, t_min, end))
 
 
 def _finite_lam(process: Process, t_max: Any, t_min: Any) -> tuple[Any, Any]:
     first, last = process.half_log_snr(t_max), process.half_log_snr(t_min)
     if is_concrete(first, last) and not (np.isfinite(first) and np.isfinite(last)):
         raise ValueError(
-            f"half-log-SNR is infinite at an end of [t_min={t_min}, t_max={t_max}]: give t_max with "
-            "alpha > 0 and t_min with sigma > 0 (end='zero' adds a last step to sigma = 0)"
+            f"half-log-SNR is infinite at an end of [t_min={t_min}, t_max={t_max}]: give t_max "
+            "with alpha > 0, t_min with sigma > 0 (end='zero' adds a last step to sigma = 0)"
         )
     return first, last
 
 
-def _discrete(process: Process, timesteps: np.ndarray, end: str) -> Grid:
-    base = process.base if isinstance(process, ZeroTerminalSNR) else process
-    if not (isinstance(base, DDPM) and isinstance(process, VariancePreserving)):
+def _num_timesteps(process: Process, steps: Any, end: str) -> int:
+    """How many timesteps a discrete process has; raises unless `steps` of them can be chosen."""
+    _span(process, steps, None, None, end)
+    base = process
+    while isinstance(base, ZeroTerminalSNR):
+        base = base.base
+    if not isinstance(base, DDPM):
         raise TypeError(
             "leading, linspace and trailing spacings need a discrete process (jaxdiff.processes."
             f"ddpm, or its zero_terminal_snr), got {type(process).__name__}"
         )
+    total = int(process.t_max) + 1
+    if steps > total:
+        raise ValueError(f"{steps} steps, but the process has {total} timesteps")
+    return total
+
+
+def _discrete(process: Process, timesteps: np.ndarray, end: str) -> Grid:
     if end == "t_min" and timesteps[-1] > 0:
         timesteps = np.append(timesteps, 0.0)
+    if end == "t_min" and timesteps.size < 2:
+        raise ValueError(
+            "one step of this spacing starts at timestep 0, where end='t_min' ends: use end='zero'"
+        )
     return from_times(process, timesteps, end)
 
 
@@ -327,10 +359,12 @@ def leading(process: Process, steps: int, offset: int = 0, end: str = "zero") ->
     """Timesteps 0, k, 2k, ... (k = num_steps // steps) plus `offset`: DDIM's original spacing.
 
     The last step goes to sigma = 0 (`end="zero"`) or to timestep 0 (`end="t_min"`, for which the
-    step is dropped where the last timestep is 0 already). The names are those of Lin et al. (2024).
+    step is dropped where the last timestep is 0 already). The names are those of Lin et al. (2024),
+    who show its flaw: the first timestep is not the last of training, and with one step it is
+    `offset`. Raises TypeError unless the process is discrete, ValueError for more steps than it
+    has or an offset that leads out of it.
     """
-    _, _, _ = _span(process, steps, None, None, end)
-    total = int(process.t_max) + 1
+    total = _num_timesteps(process, steps, end)
     t = np.arange(steps)[::-1] * (total // steps) + offset
     if t[0] > process.t_max or offset < 0:
         raise ValueError(f"offset {offset} puts a timestep outside 0..{total - 1}")
@@ -338,15 +372,20 @@ def leading(process: Process, steps: int, offset: int = 0, end: str = "zero") ->
 
 
 def linspace(process: Process, steps: int, end: str = "zero") -> Grid:
-    """`steps` timesteps rounded from num_steps - 1 to 0, then the end as in `leading`."""
-    _span(process, steps, None, None, end)
-    t = np.round(np.linspace(0.0, process.t_max, steps))[::-1]
-    return _discrete(process, t, end)
+    """`steps` timesteps rounded from num_steps - 1 to 0, then the end as in `leading`.
+
+    One step starts at num_steps - 1. Raises as `leading` does.
+    """
+    total = _num_timesteps(process, steps, end)
+    t = np.round(np.linspace(0.0, total - 1.0, steps))[::-1] if steps > 1 else [total - 1.0]
+    return _discrete(process, np.asarray(t), end)
 
 
 def trailing(process: Process, steps: int, end: str = "zero") -> Grid:
-    """Timesteps num_steps - 1, num_steps - 1 - k, ... (k = num_steps / steps), end as in `leading`."""
-    _span(process, steps, None, None, end)
-    total = process.t_max + 1
+    """Timesteps num_steps - 1, num_steps - 1 - k, ... (k = num_steps / steps), end as in `leading`.
+
+    Raises as `leading` does.
+    """
+    total = _num_timesteps(process, steps, end)
     t = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
     return _discrete(process, t, end)

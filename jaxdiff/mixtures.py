@@ -1,4 +1,4 @@
-"""The exact denoiser of a Gaussian mixture: the oracle of the tests, and a model without training."""
+"""The exact denoiser of a Gaussian mixture: an oracle for tests, and a model without training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import to_batch
 from jaxdiff.denoisers import Denoiser, level
+from jaxdiff.predictions import target
 
 
 @jax.tree_util.register_dataclass
@@ -115,12 +116,10 @@ class _MixtureFn:
         eps = mixture.expected_noise(x, alpha, sigma)
         if self.prediction == "eps":
             return eps
+        if self.prediction == "score":
+            return mixture.score(x, alpha, sigma)
         # The pair (x0, eps) is known, so no conversion divides by alpha or sigma.
-        x0 = mixture.denoise(x, alpha, sigma)
-        a, b = {
-            "v": (-sigma, alpha), "flow": (-1.0, 1.0), "score": (0.0, -1.0 / sigma)
-        }[self.prediction]  # fmt: skip
-        return to_batch(a, x) * x0 + to_batch(b, x) * eps
+        return target(self.prediction, mixture.denoise(x, alpha, sigma), eps, alpha, sigma)
 
 
 def gaussian_mixture(
@@ -138,19 +137,20 @@ def gaussian_mixture(
       prediction: what it predicts, one of `jaxdiff.predictions.PREDICTIONS`.
 
     Returns a Denoiser whose `params` is the `GaussianMixture`, with its log-density, score,
-    posterior moments and samples. Raises ValueError for shapes that do not match, non-positive
-    scales or weights, or covariances that are not symmetric positive semi-definite.
+    posterior moments and samples. Raises ValueError for shapes that do not match, means that are
+    not finite, negative scales, weights that are not positive, or covariances that are not
+    symmetric positive semi-definite.
     """
     means, scales, weights = (np.asarray(a, np.float64) for a in (means, scales, weights))
-    if means.ndim != 2:
-        raise ValueError(f"means must be [components, dim], got shape {means.shape}")
+    if means.ndim != 2 or not np.all(np.isfinite(means)):
+        raise ValueError(f"means must be finite and [components, dim], got {means}")
     count, dim = means.shape
     if weights.shape != (count,) or not np.all(weights > 0):
         raise ValueError(f"weights must be {count} positive numbers, got {weights}")
     rotations = None
     if scales.shape in ((count,), (count, dim)) and not (scales.ndim == 1 and count == 0):
         if not np.all(scales >= 0):
-            raise ValueError("standard deviations must not be negative")
+            raise ValueError(f"standard deviations must not be negative, got {scales}")
         variances = np.broadcast_to((scales**2).reshape(count, -1), (count, dim))
     elif scales.shape == (count, dim, dim):
         if not np.allclose(scales, np.swapaxes(scales, 1, 2)):

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,10 @@ def normal(key: jax.Array, like: Any, draw: ArrayLike | None = None) -> Any:
     return treedef.unflatten([leaf(j, x.shape[1:], x.dtype) for j, x in enumerate(leaves)])
 
 
+# The clock's span, from its end down to 0, in bands that each shrink by a factor.
+_BANDS, _SHRINK = 5, 2.0**10
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BrownianPath:
@@ -90,40 +95,42 @@ class BrownianPath:
 
     The noise of a diffusion SDE's exact integral has an accumulated variance that is a function of
     lambda alone, and that is the clock the path W runs in: a row that covers the clock from a to b
-    draws (W(b) - W(a)) / sqrt(|b - a|). The clock is measured from the end where increments are
-    small:
+    > a (or down from b to a) draws (W(b) - W(a)) / sqrt(b - a). The clock is measured from the end
+    where increments are small:
 
         form "x0"    exp(2 lambda) = alpha^2 / sigma^2     (SDE-DPM-Solver++, DDPM, DDIM with eta)
         form "eps"   exp(-2 lambda) = sigma^2 / alpha^2    (SDE-DPM-Solver in noise prediction)
 
-    The two forms are different stochastic integrals: one path serves one form. Uses
-    `diffrax.VirtualBrownianTree` (Li et al. 2020; Jelincic et al. 2024) from 0 to the clock's value
-    at the process's end; costs about 200 times a plain normal, so it is for studies.
+    The two forms are different stochastic integrals: one path serves one form. The clock spans many
+    orders of magnitude, from 0 to its value at the process's end, and a bisection in float32 only
+    six: so W is the sum of independent `diffrax.VirtualBrownianTree`s (Li et al. 2020; Jelincic et
+    al. 2024) over bands of the clock, each 1024 times the next. Costs hundreds of plain normals, so
+    it is for studies.
 
     Attributes:
       process: spans the clock; its t_min (x0) or t_max (eps) must have finite lambda.
       form: "x0" or "eps".
       key: one key, or one per sample.
-      tolerance: the path is exact at clock differences above it; must be below every increment of
-        the tableau (checked by `sample`). None takes 1e-12 of the span.
+      tolerance: the path is exact over intervals longer than this fraction of the clock at their
+        end, about twice the step in lambda (checked by `sample`). In (0, 1); in float32 not below
+        the default.
     """
 
     process: Any
     form: str = dataclasses.field(metadata={"static": True})
     key: jax.Array
-    tolerance: float | None = dataclasses.field(default=None, metadata={"static": True})
+    tolerance: float = dataclasses.field(default=2.0**-13, metadata={"static": True})
 
     def __post_init__(self):
         if self.form not in ("x0", "eps"):
             raise ValueError(f"form must be 'x0' or 'eps', got {self.form!r}")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance!r}")
 
     def _span(self) -> Any:
         t = self.process.t_min if self.form == "x0" else self.process.t_max
         lam = self.process.half_log_snr(t)
         return namespace(lam).exp(2.0 * lam if self.form == "x0" else -2.0 * lam)
-
-    def _tolerance(self) -> Any:
-        return 1e-12 * self._span() if self.tolerance is None else self.tolerance
 
     def check(self, tableau: Any) -> None:
         """Raise ValueError unless the tableau's noise lives on this path."""
@@ -137,29 +144,48 @@ class BrownianPath:
             raise ValueError("the process's span has infinite lambda: give it a t_min and t_max")
         if clock.max() > span * (1 + 1e-6):
             raise ValueError(f"the tableau leaves the process's span: clock {clock.max()} > {span}")
-        steps = np.abs(clock[:, 1] - clock[:, 0])
-        smallest = steps[steps > 0].min(initial=np.inf)
-        if smallest <= self._tolerance():
+        widths = np.abs(clock[:, 1] - clock[:, 0])
+        shares = widths / np.maximum(clock.max(1), span * _SHRINK**-_BANDS)
+        smallest = shares[widths > 0].min(initial=np.inf)
+        if smallest <= self.tolerance:
             raise ValueError(
-                f"the tableau's smallest increment {smallest:.3g} is not above the path's "
-                f"tolerance {float(self._tolerance()):.3g}: pass a smaller tolerance"
+                f"the tableau's smallest increment is {smallest:.3g} of its clock, not above the "
+                f"path's tolerance {self.tolerance:.3g}: pass a smaller tolerance"
             )
 
     def draw(self, clock: Any, like: Any) -> Any:
         """Standard normals shaped like `like` for the clock interval (a, b) of one row."""
         batch = jax.tree.leaves(like)[0].shape[0]
         shape = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
-        span = jnp.asarray(self._span(), jnp.asarray(clock).dtype)
+        clock = jnp.asarray(clock)
+        if self.tolerance / _SHRINK < jnp.finfo(clock.dtype).eps:
+            raise ValueError(f"tolerance {self.tolerance} is too small for {clock.dtype}")
+        span = jnp.asarray(self._span(), clock.dtype)
         low, high = jnp.minimum(*clock), jnp.maximum(*clock)
+        # The tableau's last node and the span's end are one number, but rounded apart.
+        high = eqx.error_if(
+            high, high > span * (1 + 1e-4), "the tableau leaves the Brownian path's process"
+        )
+        keys = per_sample(self.key, batch)
         width = high - low
         safe = jnp.where(width > 0, width, 1.0)
 
-        def one(key):
-            tree = diffrax.VirtualBrownianTree(0.0, span, self._tolerance(), shape, key)
-            # A row without noise has an empty interval; the whole span stands in for it.
-            return tree.evaluate(jnp.where(width > 0, low, 0.0), jnp.where(width > 0, high, span))
+        def band(number):
+            top = span * _SHRINK**-number
+            bottom = jnp.where(number < _BANDS - 1, top / _SHRINK, 0.0)
+            place = [jnp.clip((c - bottom) / (top - bottom), 0.0, 1.0) for c in (low, high)]
+            scale = jnp.sqrt((top - bottom) / safe)
 
-        increments = jax.vmap(one)(per_sample(self.key, batch))
-        return jax.tree.map(
-            lambda w: jnp.where(width > 0, w / jnp.sqrt(safe).astype(w.dtype), 0.0), increments
-        )
+            def one(key):
+                key = jax.random.fold_in(key, number)
+                tolerance = self.tolerance / _SHRINK
+                tree = diffrax.VirtualBrownianTree(0.0, 1.0, tolerance, shape, key)
+                return jax.tree.map(lambda w: scale.astype(w.dtype) * w, tree.evaluate(*place))
+
+            # A row without noise has an empty interval, and meets no band.
+            nothing = jax.tree.map(lambda a: jnp.zeros((batch, *a.shape), a.dtype), shape)
+            meets = (width > 0) & (high > bottom) & (low < top)
+            return jax.lax.cond(meets, jax.vmap(one), lambda _: nothing, keys)
+
+        bands = jax.lax.map(band, jnp.arange(_BANDS))
+        return jax.tree.map(lambda w: w.sum(0), bands)

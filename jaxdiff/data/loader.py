@@ -2,13 +2,14 @@
 
 import functools
 import sys
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `loader` needs of a source; see `jaxdiff.data.sources`."""
 

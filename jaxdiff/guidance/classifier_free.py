@@ -20,14 +20,14 @@ def classifier_free(denoiser: Denoiser, scale: ArrayLike, null_cond: Any) -> Den
 
     Arguments:
       scale: s, a scalar or [batch]; a leaf, so that a new scale compiles nothing and vmaps.
-      null_cond: the condition that means none, broadcast against each leaf of `cond` (for the models
-        of `jaxdiff.models`: num_classes).
+      null_cond: the condition that means none, with `cond`'s structure, each leaf broadcast against
+        its own (for the models of `jaxdiff.models`: num_classes).
 
     Raises ValueError when sampling without `cond`, or for a denoiser of several predictions.
     """
     if not isinstance(denoiser.prediction, str):
         raise ValueError(f"guidance takes one prediction, got {denoiser.prediction}")
-    strengths = (jnp.asarray(scale, jnp.float32), jax.tree.map(jnp.asarray, null_cond))
+    strengths = (jnp.asarray(scale, jnp.result_type(float)), jax.tree.map(jnp.asarray, null_cond))
     return wrap(_Guided(), denoiser, strengths, denoiser.prediction, cost=2 * denoiser.cost)
 
 
@@ -43,9 +43,10 @@ class _Guided:
         conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
         out = evaluate(both, t, alpha, sigma, conds)
 
-        def mix(a):
-            with_cond, without = jnp.split(a, 2)
-            s = to_batch(scale, without).astype(a.dtype)
+        def mix(a, y):
+            # The difference is amplified: in the state's precision, not the network's.
+            with_cond, without = jnp.split(a.astype(jnp.promote_types(a.dtype, y.dtype)), 2)
+            s = to_batch(scale, without).astype(without.dtype)
             return without + s * (with_cond - without)
 
-        return jax.tree.map(mix, out)
+        return jax.tree.map(mix, out, x)

@@ -5,7 +5,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
@@ -20,8 +19,10 @@ class _Network(nn.Module):
     """[n, 8, 8, 1] -> 256 -> 64 (the features) -> 10 (the logits), SiLU between."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n 8 8 1"]) -> tuple[Array, Array]:
-        dense = functools.partial(nn.Dense, precision="highest")  # accelerators default to less
+    def __call__(self, x: Float[ArrayLike, "n 8 8 1"]) -> tuple[Array, Array]:
+        # Accelerators multiply in less by default; uniform weights compile faster than normal ones.
+        init = nn.initializers.lecun_uniform()
+        dense = functools.partial(nn.Dense, precision="highest", kernel_init=init)
         hidden = nn.silu(dense(256)(x.reshape(len(x), -1)))
         features = nn.silu(dense(64)(hidden))
         return features, dense(10)(features)
@@ -77,18 +78,28 @@ class DigitClassifier:
 
 @functools.lru_cache(maxsize=4)
 def digit_classifier(seed: int = 0) -> DigitClassifier:
-    """A classifier of scikit-learn's digits, trained in about 3 seconds on first use.
+    """A classifier of scikit-learn's digits, trained in a few seconds on first use.
 
-    A network with two hidden layers, 1,500 steps of AdamW on batches of 128 from `digits("train")`,
-    images shifted by up to one pixel and noised (std 0.1). About 0.99 of `digits("test")` is
+    A network with two hidden layers, 1,500 steps of AdamW on batches of 128 from `digits("train")`
+    in its nine positions (shifted by up to one pixel each way). About 0.99 of `digits("test")` is
     classified correctly. The same seed gives the same classifier on the same kind of machine (other
     machines round differently); this process keeps it, nothing is written to disk.
+
+    Args:
+      seed: at least 0; decides the first weights and the batches.
+
+    Raises:
+      ValueError: a negative seed.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     train = data.digits("train")
-    # Whatever the caller's precision: random draws differ between the two.
-    with jax.enable_x64(False):
-        x, label = jnp.asarray(train.x), jnp.asarray(train.label)
-        return DigitClassifier(jax.device_get(_train(jax.random.key(seed), x, label)))
+    padded = np.pad(train.x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+    shifts = [padded[:, i : i + _SIZE, j : j + _SIZE] for i in range(3) for j in range(3)]
+    x, label = np.concatenate(shifts), np.tile(train.label, len(shifts))
+    batches = np.random.default_rng(seed).integers(0, len(x), (1500, 128))
+    with jax.enable_x64(False):  # whatever the caller's: weights are drawn differently with it
+        return DigitClassifier(jax.device_get(_train(jax.random.key(seed), x, label, batches)))
 
 
 def conditional_accuracy(
@@ -155,35 +166,27 @@ def real_floor(
     return float(np.mean(distances)) * (1 / n + 1 / m) / (1 / half + 1 / (len(features) - half))
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "batch_size"))
+@jax.jit
 def _train(
     key: Key[Array, ""],
     x: Float[Array, "n 8 8 1"],
     label: Int[Array, " n"],
-    steps: int = 1500,
-    batch_size: int = 128,
+    batches: Int[Array, "steps batch"],
 ) -> PyTree:
     network = _Network()
-    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3)
-    init_key, steps_key = jax.random.split(key)
-    params = network.init(init_key, x[:1])
     targets = optax.smooth_labels(jax.nn.one_hot(label, 10), 0.05)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(3e-3, decay_steps=len(batches)), weight_decay=1e-3
+    )
 
-    def loss(params, images, wanted):
-        return optax.softmax_cross_entropy(network.apply(params, images)[1], wanted).mean()
+    def loss(params, index):
+        logits = network.apply(params, x[index])[1]
+        return optax.softmax_cross_entropy(logits, targets[index]).mean()
 
-    def step(carry, key):
+    def step(carry, index):
         params, state = carry
-        index_key, shift_key, noise_key = jax.random.split(key, 3)
-        index = jax.random.randint(index_key, (batch_size,), 0, len(x))
-        shift = jax.random.randint(shift_key, (batch_size, 2), 0, 3)
-        crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), x.shape[1:]))
-        images = crop(padded[index], shift)
-        images += 0.1 * jax.random.normal(noise_key, images.shape)
-        gradient = jax.grad(loss)(params, images, targets[index])
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optimizer.update(jax.grad(loss)(params, index), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    start = (params, optimizer.init(params))
-    return jax.lax.scan(step, start, jax.random.split(steps_key, steps))[0][0]
+    params = network.init(key, x[:1])
+    return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]

@@ -29,9 +29,8 @@ def frechet_distance(
     a, b = pair(features_a, features_b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
-    return frechet_from_moments(
-        a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False)
-    )
+    covariance_a, covariance_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))
+    return frechet_from_moments(a.mean(axis=0), covariance_a, b.mean(axis=0), covariance_b)
 
 
 def frechet_from_moments(
@@ -68,7 +67,7 @@ def frechet_from_moments(
 def _square_root(
     covariance: Float[ArrayLike, "dim dim"], dim: int, name: str
 ) -> tuple[Float[np.ndarray, "dim dim"], float]:
-    matrix = points(np.atleast_2d(covariance), name)
+    matrix = points(covariance, name)
     if matrix.shape != (dim, dim):
         raise ValueError(f"{name} must be [{dim}, {dim}] like its mean, got {list(matrix.shape)}")
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)

@@ -52,7 +52,8 @@ def from_linen(
 
     The denoiser's params are the variables, or (variables, rngs) if rngs are given. For EDM's
     preconditioning pass its parts on: `precondition(d.fn, params=d.params)`. Raises TypeError for a
-    module that cannot be hashed (an array in a field), ValueError for variables without "params".
+    module that cannot be hashed (an array or a list in a field), and ValueError for variables
+    without "params".
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a Linen module, got {type(module).__name__}")
@@ -60,7 +61,7 @@ def from_linen(
         hash(module)
     except TypeError as error:
         raise TypeError(
-            f"{type(module).__name__} cannot be hashed ({error}): keep arrays out of its fields"
+            f"{type(module).__name__} cannot be hashed: its fields must hold no arrays and no lists"
         ) from error
     if not isinstance(params, Mapping) or "params" not in params:
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__

@@ -148,7 +148,7 @@ class UNet(ImageNetwork):
     """
 
     width: int = 128
-    multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    multipliers: tuple[int | float, ...] = (1, 2, 2, 2)
     num_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     head_channels: int = 64
@@ -167,6 +167,9 @@ class UNet(ImageNetwork):
         check_rate("label_dropout", self.label_dropout)
         if self.resample not in RESAMPLINGS:
             raise ValueError(f"resample must be one of {RESAMPLINGS}, got {self.resample!r}")
+        # Lists, as a saved config has them, would make the module unhashable.
+        self.multipliers = tuple(self.multipliers)
+        self.attention_resolutions = tuple(self.attention_resolutions)
         super().__post_init__()
 
     @nn.compact

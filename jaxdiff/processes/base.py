@@ -34,7 +34,31 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 
 def register(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+    """Make `cls` a frozen keyword dataclass and a pytree.
+
+    Not by `jax.tree_util.register_dataclass`: there the tree structures of two classes with the same
+    fields compare equal (jaxlib 0.10), and a program compiled for one process would run another.
+    """
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = dataclasses.fields(cls)
+    data = [field.name for field in fields if not field.metadata.get("static")]
+    meta = [field.name for field in fields if field.metadata.get("static")]
+
+    def flatten_with_keys(process):
+        leaves = [(jax.tree_util.GetAttrKey(name), getattr(process, name)) for name in data]
+        return leaves, tuple(getattr(process, name) for name in meta)
+
+    def unflatten(values, leaves):
+        return cls(**dict(zip(data, leaves)), **dict(zip(meta, values)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+def floating(value: ArrayLike, process: Any = None) -> tuple[Any, Any]:
+    """(array namespace, `value` as a floating-point array of it: float64 on the host)."""
+    xp = namespace(value, process)
+    return xp, np.asarray(value, np.float64) if xp is np else jnp.asarray(value) * 1.0
 
 
 def softplus(xp: Any, x: ArrayLike) -> Any:
@@ -85,7 +109,7 @@ class Process:
         return xp.sqrt(self.rates(t)[1])
 
     def perturb(self, x0: Any, eps: Any, t: ArrayLike) -> Any:
-        """x_t = alpha(t) x_0 + sigma(t) eps, for pytrees of arrays; `t` is a scalar or `[batch]`."""
+        """x_t = alpha(t) x_0 + sigma(t) eps, for pytrees of arrays; `t` a scalar or `[batch]`."""
         alpha, sigma = self.alpha(t), self.sigma(t)
         return jax.tree.map(lambda x, e: to_batch(alpha, x) * x + to_batch(sigma, x) * e, x0, eps)
 
@@ -93,18 +117,21 @@ class Process:
         """Draw x_T ~ N(0, prior_std^2 I), `shape` = [batch, ...].
 
         `key` is one key, or one per sample (see `jaxdiff.sample_keys`): then sample i depends on
-        its own key alone, whatever the batch it is drawn in.
+        its own key alone, whatever the batch it is drawn in. Raises ValueError for a shape without
+        a batch axis, or another number of keys.
         """
+        if not len(shape):
+            raise ValueError(f"shape must be [batch, ...], got {shape!r}")
         noise = normal(key, jax.ShapeDtypeStruct(shape, dtype))
         return jnp.asarray(self.prior_std, dtype) * noise
 
 
 class VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1. Subclasses give lambda(t), its inverse and its slope."""
+    """alpha^2 + sigma^2 = 1. Subclasses give lambda(t), its inverse and d log(alpha) / dt."""
 
-    def slope(self, t: ArrayLike) -> Any:
-        """d lambda / dt."""
-        raise TypeError(f"{type(self).__name__} does not define slope")
+    def log_alpha_rate(self, t: ArrayLike) -> Any:
+        """f = d log(alpha) / dt; g^2 is then -2 f."""
+        raise TypeError(f"{type(self).__name__} does not define log_alpha_rate")
 
     def alpha(self, t):
         xp = namespace(t, self)
@@ -115,8 +142,7 @@ class VariancePreserving(Process):
         return xp.exp(-0.5 * softplus(xp, 2.0 * self.half_log_snr(t)))
 
     def rates(self, t):
-        # alpha^2 = sigmoid(2 lambda), so d log(alpha) / dt = sigma^2 d lambda / dt.
-        f = self.sigma(t) ** 2 * self.slope(t)
+        f = self.log_alpha_rate(t)
         return f, -2.0 * f
 
 

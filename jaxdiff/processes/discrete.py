@@ -3,9 +3,9 @@
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxdiff.arrays import namespace
 from jaxdiff.processes.base import (
     VariancePreserving,
+    floating,
     half_log_snr_of_log_alpha,
     register,
     softplus,
@@ -22,18 +22,20 @@ class DDPM(VariancePreserving):
     t_max: float = static(999.0)
 
     def half_log_snr(self, t):
-        xp = namespace(t, self)
-        return xp.interp(xp.asarray(t), xp.arange(self.table.shape[0]), self.table)
+        xp, t = floating(t, self)
+        return xp.interp(t, xp.arange(self.table.shape[0]), self.table)
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        steps = xp.arange(self.table.shape[0])
-        return xp.interp(-xp.asarray(half_log_snr), -self.table, steps * 1.0)
+        xp, lam = floating(half_log_snr, self)
+        return xp.interp(-lam, -self.table, xp.arange(self.table.shape[0]) * 1.0)
 
-    def slope(self, t):
-        xp = namespace(t, self)
-        left = xp.clip(xp.floor(xp.asarray(t)), 0, self.table.shape[0] - 2).astype(int)
-        return xp.asarray(self.table)[left + 1] - xp.asarray(self.table)[left]
+    def log_alpha_rate(self, t):
+        # alpha^2 = sigmoid(2 lambda), so d log(alpha) / dt = sigma^2 d lambda / dt; the slope of
+        # lambda at an integer is the one to its right (at the last, to its left).
+        xp, t = floating(t, self)
+        left = xp.clip(xp.floor(t), 0, self.table.shape[0] - 2).astype(int)
+        table = xp.asarray(self.table)
+        return self.sigma(t) ** 2 * (table[left + 1] - table[left])
 
 
 @register
@@ -47,31 +49,53 @@ class ZeroTerminalSNR(VariancePreserving):
     data_time: float | None = static()
 
     def _ends(self):
-        return self.base.alpha(self.data_time or 0.0), self.base.alpha(self.t_max)
+        """(F, L, 1 - F): the base's alpha at the clean end and at t_max."""
+        last = self.base.alpha(self.t_max)
+        if self.data_time is not None:
+            return 1.0, last, 0.0
+        first = self.base.alpha(0.0)
+        return first, last, self.base.sigma(0.0) ** 2 / (1.0 + first)
 
-    def _alpha(self, t):
-        first, last = self._ends()
-        return (self.base.alpha(t) - last) * first / (first - last)
+    def _levels(self, xp, t):
+        """(alpha', 1 - alpha'), the latter without the cancellation near the clean end."""
+        first, last, rest = self._ends()
+        alpha = self.base.alpha(t)
+        # Rounding may leave a compiled alpha(t_max) an ulp below `last`.
+        above = xp.where(alpha > last, alpha - last, 0.0)
+        left = self.base.sigma(t) ** 2 / (1.0 + alpha)
+        return above * first / (first - last), (first * left - last * rest) / (first - last)
+
+    def alpha(self, t):
+        xp, t = floating(t, self)
+        return self._levels(xp, t)[0]
+
+    def sigma(self, t):
+        xp, t = floating(t, self)
+        alpha, left = self._levels(xp, t)
+        return xp.sqrt(left * (1.0 + alpha))
 
     def half_log_snr(self, t):
-        xp = namespace(t, self)
-        alpha = self._alpha(t)
+        xp, t = floating(t, self)
+        alpha, left = self._levels(xp, t)
         with np.errstate(divide="ignore"):
-            return xp.log(alpha) - 0.5 * xp.log1p(-(alpha**2))
+            return xp.log(alpha) - 0.5 * xp.log(left * (1.0 + alpha))
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        first, last = self._ends()
-        alpha = xp.exp(-0.5 * softplus(xp, -2.0 * xp.asarray(half_log_snr)))
-        alpha = alpha * (first - last) / first + last
+        xp, lam = floating(half_log_snr, self)
+        first, last, rest = self._ends()
+        alpha = xp.exp(-0.5 * softplus(xp, -2.0 * lam))
+        left = xp.exp(-softplus(xp, 2.0 * lam)) / (1.0 + alpha)
+        base = alpha * (first - last) / first + last
+        base_left = (last * rest + left * (first - last)) / first
         with np.errstate(divide="ignore"):
-            return self.base.time(xp.log(alpha) - 0.5 * xp.log1p(-(alpha**2)))
+            return self.base.time(xp.log(base) - 0.5 * xp.log(base_left * (1.0 + base)))
 
-    def slope(self, t):
-        first, last = self._ends()
-        alpha, base_alpha = self._alpha(t), self.base.alpha(t)
-        d_alpha = self.base.rates(t)[0] * base_alpha * first / (first - last)
-        return d_alpha / (alpha * (1.0 - alpha**2))
+    def log_alpha_rate(self, t):
+        xp, t = floating(t, self)
+        last, alpha = self.base.alpha(self.t_max), self.base.alpha(t)
+        inside = alpha > last
+        slope = xp.where(inside, self.base.log_alpha_rate(t), -np.inf)
+        return slope * xp.where(inside, alpha / xp.where(inside, alpha - last, 1.0), 1.0)
 
 
 def _cosine_betas(num_steps: int) -> np.ndarray:
@@ -113,13 +137,14 @@ def ddpm(
             raise ValueError(f"schedule {schedule!r} takes no beta_start or beta_end")
         if num_steps < 2:
             raise ValueError(f"num_steps must be at least 2, got {num_steps!r}")
-        betas = function(
-            start if beta_start is None else beta_start, end if beta_end is None else beta_end,
-            num_steps,
-        )  # fmt: skip
+        start = start if beta_start is None else beta_start
+        end = end if beta_end is None else beta_end
+        if start is not None and not (0 < start < 1 and 0 < end < 1):
+            raise ValueError(f"beta_start and beta_end must lie in (0, 1), got {start!r}, {end!r}")
+        betas = function(start, end, num_steps)
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
-        raise ValueError("betas must be a vector of at least 2 numbers in (0, 1)")
+        raise ValueError(f"betas must be a vector of at least 2 numbers in (0, 1), got {betas}")
     log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
     table = half_log_snr_of_log_alpha(np, log_alpha)
     return DDPM(table=table, t_min=0.0, t_max=float(betas.size - 1))
@@ -128,8 +153,9 @@ def ddpm(
 def zero_terminal_snr(process: VariancePreserving) -> ZeroTerminalSNR:
     """Shift and scale alpha so that it is 0 at t_max and unchanged at the clean end.
 
-    alpha'(t) = (alpha(t) - alpha(t_max)) alpha(0) / (alpha(0) - alpha(t_max)), sigma'^2 = 1 - alpha'^2
-    (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024, algorithm 1).
+    alpha'(t) = (alpha(t) - alpha(t_max)) alpha(0) / (alpha(0) - alpha(t_max)), and sigma'^2 = 1 -
+    alpha'^2 (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2024,
+    algorithm 1). Raises TypeError for a process that does not preserve variance.
     At the first node an eps or score network says nothing about x_0: use v, x0 or flow.
     """
     if not isinstance(process, VariancePreserving):

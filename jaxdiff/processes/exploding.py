@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxdiff.arrays import namespace
-from jaxdiff.processes.base import Process, check_positive, check_span, register, static
+from jaxdiff.arrays import is_concrete
+from jaxdiff.processes.base import Process, check_positive, check_span, floating, register, static
 
 
 @register
@@ -17,23 +17,22 @@ class VE(Process):
     t_max: float = static(1.0)
 
     def alpha(self, t):
-        xp = namespace(t, self)
-        return xp.ones_like(xp.asarray(t) * 1.0)
+        xp, t = floating(t, self)
+        return xp.ones_like(t)
 
     def sigma(self, t):
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** floating(t, self)[1]
 
     def half_log_snr(self, t):
-        xp = namespace(t, self)
+        xp, t = floating(t, self)
         return -xp.log(self.sigma(t))
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        log_ratio = xp.log(self.sigma_max / self.sigma_min)
-        return (-xp.asarray(half_log_snr) - xp.log(self.sigma_min)) / log_ratio
+        xp, lam = floating(half_log_snr, self)
+        return -(lam + xp.log(self.sigma_min)) / xp.log(self.sigma_max / self.sigma_min)
 
     def rates(self, t):
-        xp = namespace(t, self)
+        xp, t = floating(t, self)
         sigma = self.sigma(t)
         log_ratio = xp.log(self.sigma_max / self.sigma_min)
         return xp.zeros_like(sigma), 2.0 * sigma**2 * log_ratio
@@ -52,25 +51,23 @@ class EDM(Process):
     data_time = 0.0
 
     def alpha(self, t):
-        xp = namespace(t)
-        return xp.ones_like(xp.asarray(t) * 1.0)
+        xp, t = floating(t)
+        return xp.ones_like(t)
 
     def sigma(self, t):
-        xp = namespace(t)
-        return xp.asarray(t) * 1.0
+        return floating(t)[1]
 
     def half_log_snr(self, t):
-        xp = namespace(t)
+        xp, t = floating(t)
         with np.errstate(divide="ignore"):
-            return -xp.log(xp.asarray(t) * 1.0)
+            return -xp.log(t)
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr)
-        return xp.exp(-xp.asarray(half_log_snr))
+        xp, lam = floating(half_log_snr)
+        return xp.exp(-lam)
 
     def rates(self, t):
-        xp = namespace(t)
-        t = xp.asarray(t) * 1.0
+        xp, t = floating(t)
         return xp.zeros_like(t), 2.0 * t
 
     @property
@@ -81,9 +78,11 @@ class EDM(Process):
 def ve(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> VE:
     """Variance exploding: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
 
-    Song et al. 2021, equation 31.
+    Song et al. 2021, equation 31. Raises ValueError unless 0 < sigma_min < sigma_max.
     """
     check_positive(sigma_min=sigma_min, sigma_max=sigma_max)
+    if is_concrete(sigma_min, sigma_max) and not sigma_min < sigma_max:
+        raise ValueError(f"need sigma_min < sigma_max, got {sigma_min!r} and {sigma_max!r}")
     return VE(sigma_min=sigma_min, sigma_max=sigma_max)
 
 

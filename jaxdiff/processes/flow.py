@@ -3,8 +3,15 @@
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxdiff.arrays import namespace
-from jaxdiff.processes.base import Process, check_positive, check_span, register, softplus, static
+from jaxdiff.processes.base import (
+    Process,
+    check_positive,
+    check_span,
+    floating,
+    register,
+    softplus,
+    static,
+)
 
 
 @register
@@ -17,29 +24,30 @@ class Flow(Process):
     data_time = 0.0
     noise_time = 1.0
 
-    def sigma(self, t):
-        return self.shift * t / (1.0 + (self.shift - 1.0) * t)
-
     def alpha(self, t):
+        _, t = floating(t, self)
         return (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
 
+    def sigma(self, t):
+        _, t = floating(t, self)
+        return self.shift * t / (1.0 + (self.shift - 1.0) * t)
+
     def half_log_snr(self, t):
-        xp = namespace(t, self)
-        t = xp.asarray(t) * 1.0
+        xp, t = floating(t, self)
         with np.errstate(divide="ignore"):
             return xp.log1p(-t) - xp.log(t) - xp.log(self.shift)
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        odds = xp.asarray(half_log_snr) + xp.log(self.shift)
-        return xp.exp(-softplus(xp, odds))
+        xp, lam = floating(half_log_snr, self)
+        return xp.exp(-softplus(xp, lam + xp.log(self.shift)))
 
     def rates(self, t):
-        # lambda = log((1 - t) / (shift t)), sigma = shift t / (1 + (shift - 1) t).
+        # d log(alpha) / dt = -shift / ((1 - t) size), d lambda / dt = -1 / (t (1 - t)).
+        _, t = floating(t, self)
+        size = 1.0 + (self.shift - 1.0) * t
         with np.errstate(divide="ignore"):
-            slope = -1.0 / (t * (1.0 - t))
-            d_log_alpha = -1.0 / (1.0 - t) - (self.shift - 1.0) / (1.0 + (self.shift - 1.0) * t)
-        return d_log_alpha, -2.0 * self.sigma(t) ** 2 * slope
+            f = -self.shift / ((1.0 - t) * size)
+        return f, -2.0 * f * self.sigma(t)
 
 
 def flow(shift: ArrayLike = 1.0, t_min: float = 0.0, t_max: float = 1.0) -> Flow:

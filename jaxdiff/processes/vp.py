@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
@@ -12,6 +11,7 @@ from jaxdiff.processes.base import (
     VariancePreserving,
     check_positive,
     check_span,
+    floating,
     half_log_snr_of_log_alpha,
     register,
     softplus,
@@ -29,23 +29,24 @@ class VPLinear(VariancePreserving):
     t_max: float = static(1.0)
     data_time = 0.0
 
-    def _log_alpha(self, xp, t):
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
-
     def half_log_snr(self, t):
-        xp = namespace(t, self)
-        t = xp.asarray(t, dtype=None if xp is jnp else np.float64)
-        return half_log_snr_of_log_alpha(xp, self._log_alpha(xp, t))
+        xp, t = floating(t, self)
+        return half_log_snr_of_log_alpha(xp, _linear_beta_log_alpha(self, t))
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        return _linear_beta_time(xp, self, softplus(xp, -2.0 * xp.asarray(half_log_snr)))
+        xp, lam = floating(half_log_snr, self)
+        return _linear_beta_time(xp, self, softplus(xp, -2.0 * lam))
 
-    def slope(self, t):
-        xp = namespace(t, self)
-        beta = self.beta_min + t * (self.beta_max - self.beta_min)
-        # sigma^2 = 1 - alpha^2 from expm1: no cancellation near t = 0.
-        return 0.5 * beta / xp.expm1(2.0 * self._log_alpha(xp, t))
+    def log_alpha_rate(self, t):
+        return -0.5 * _linear_beta(self, floating(t, self)[1])
+
+
+def _linear_beta(process: Any, t: Any) -> Any:
+    return process.beta_min + t * (process.beta_max - process.beta_min)
+
+
+def _linear_beta_log_alpha(process: Any, t: Any) -> Any:
+    return -0.25 * t**2 * (process.beta_max - process.beta_min) - 0.5 * t * process.beta_min
 
 
 def _linear_beta_time(xp: Any, process: Any, minus_two_log_alpha: Any) -> Any:
@@ -64,33 +65,29 @@ class SubVP(Process):
     t_max: float = static(1.0)
     data_time = 0.0
 
-    def _log_alpha(self, xp, t):
-        t = xp.asarray(t, dtype=None if xp is jnp else np.float64)
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
-
     def alpha(self, t):
-        xp = namespace(t, self)
-        return xp.exp(self._log_alpha(xp, t))
+        xp, t = floating(t, self)
+        return xp.exp(_linear_beta_log_alpha(self, t))
 
     def sigma(self, t):
-        xp = namespace(t, self)
-        return -xp.expm1(2.0 * self._log_alpha(xp, t))
+        xp, t = floating(t, self)
+        return -xp.expm1(2.0 * _linear_beta_log_alpha(self, t))
 
     def half_log_snr(self, t):
-        xp = namespace(t, self)
+        xp, t = floating(t, self)
         with np.errstate(divide="ignore"):
-            return self._log_alpha(xp, t) - xp.log(self.sigma(t))
+            return _linear_beta_log_alpha(self, t) - xp.log(self.sigma(t))
 
     def time(self, half_log_snr):
         # alpha^2 + exp(-lambda) alpha - 1 = 0 has the root alpha = exp(-asinh(exp(-lambda) / 2)).
-        xp = namespace(half_log_snr, self)
-        log_alpha = -xp.arcsinh(0.5 * xp.exp(-xp.asarray(half_log_snr)))
+        xp, lam = floating(half_log_snr, self)
+        log_alpha = -xp.arcsinh(0.5 * xp.exp(-lam))
         return _linear_beta_time(xp, self, -2.0 * log_alpha)
 
     def rates(self, t):
-        xp = namespace(t, self)
-        beta = self.beta_min + t * (self.beta_max - self.beta_min)
-        return -0.5 * beta, -beta * xp.expm1(4.0 * self._log_alpha(xp, t))
+        xp, t = floating(t, self)
+        beta = _linear_beta(self, t)
+        return -0.5 * beta, -beta * xp.expm1(4.0 * _linear_beta_log_alpha(self, t))
 
 
 @register
@@ -104,30 +101,52 @@ class VPCosine(VariancePreserving):
     data_time = 0.0
     noise_time = 1.0
 
-    def _complement(self, t):
-        # pi / 2 minus the cosine's angle, so that alpha is an exact 0 at t = 1.
-        return 0.5 * np.pi * (1.0 - t) / (1.0 + self.s)
+    def _angles(self):
+        """(k, b): the cosine's angle is v = k t + b, and pi / 2 at t = 1."""
+        rate = 0.5 * np.pi / (1.0 + self.s)
+        return rate, rate * self.s
+
+    def _signal_and_noise(self, xp, t):
+        """(a, b) with lambda = log(a) - log(b) / 2, neither from a difference of close numbers.
+
+        Without a shift sigma^2 = 1 - cos^2(v) / cos^2(b) = sin(v - b) sin(v + b) / cos^2(b).
+        """
+        rate, offset = self._angles()
+        # cos(v) as a sine of what is left to pi / 2: an exact 0 at t = 1.
+        signal = xp.exp(self.shift) * xp.sin(rate * (1.0 - t))
+        return signal, xp.sin(rate * t) * xp.sin(rate * t + 2.0 * offset)
+
+    def alpha(self, t):
+        xp, t = floating(t, self)
+        signal, noise = self._signal_and_noise(xp, t)
+        return signal / xp.sqrt(signal**2 + noise)
+
+    def sigma(self, t):
+        xp, t = floating(t, self)
+        signal, noise = self._signal_and_noise(xp, t)
+        return xp.sqrt(noise / (signal**2 + noise))
 
     def half_log_snr(self, t):
-        xp = namespace(t, self)
-        t = xp.asarray(t, dtype=None if xp is jnp else np.float64)
-        ratio = xp.sin(self._complement(t)) / xp.sin(self._complement(0.0))
+        xp, t = floating(t, self)
+        signal, noise = self._signal_and_noise(xp, t)
         with np.errstate(divide="ignore"):
-            log_alpha = xp.log(ratio)
-        return half_log_snr_of_log_alpha(xp, log_alpha) + self.shift
+            return xp.log(signal) - 0.5 * xp.log(noise)
 
     def time(self, half_log_snr):
-        xp = namespace(half_log_snr, self)
-        base = xp.asarray(half_log_snr) - self.shift
-        alpha = xp.exp(-0.5 * softplus(xp, -2.0 * base))
-        angle = xp.arcsin(alpha * xp.sin(self._complement(0.0)))
-        return 1.0 - angle * (1.0 + self.s) * 2.0 / np.pi
+        xp, lam = floating(half_log_snr, self)
+        rate, offset = self._angles()
+        twice = 2.0 * (lam - self.shift)
+        cos_v = xp.exp(-0.5 * softplus(xp, -twice)) * xp.cos(offset)
+        sin_v2 = xp.sin(offset) ** 2 + xp.exp(-softplus(xp, twice)) * xp.cos(offset) ** 2
+        return (xp.arctan2(xp.sqrt(sin_v2), cos_v) - offset) / rate
 
-    def slope(self, t):
-        xp = namespace(t, self)
-        angle = self._complement(t)
-        ratio = xp.sin(angle) / xp.sin(self._complement(0.0))
-        return -0.5 * np.pi / (1.0 + self.s) / xp.tan(angle) / (1.0 - ratio**2)
+    def log_alpha_rate(self, t):
+        xp, t = floating(t, self)
+        rate, offset = self._angles()
+        signal, noise = self._signal_and_noise(xp, t)
+        with np.errstate(divide="ignore"):
+            tangent = xp.sin(rate * t + offset) / xp.sin(rate * (1.0 - t))
+        return -rate * tangent * xp.cos(offset) ** 2 / (signal**2 + noise)
 
 
 def _check_betas(beta_min: ArrayLike, beta_max: ArrayLike) -> None:
@@ -165,8 +184,11 @@ def vp_cosine(
 
     Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), equation 17.
     `shift` is added to lambda (see `shifted_cosine`). The default t_max keeps alpha away from 0 as
-    DPM-Solver does; t_max=1 is zero terminal SNR.
+    DPM-Solver does; t_max=1 is zero terminal SNR. Raises ValueError for s < 0 or a span outside
+    [0, 1].
     """
+    if namespace(s) is np and not np.all(np.asarray(s) >= 0):
+        raise ValueError(f"s must not be negative, got {s!r}")
     check_span(t_min, t_max, 0.0, 1.0)
     return VPCosine(s=s, shift=shift, t_min=t_min, t_max=t_max)
 
@@ -174,8 +196,9 @@ def vp_cosine(
 def shifted_cosine(
     resolution: int, base: int = 64, t_min: float = 1e-3, t_max: float = 0.9946
 ) -> VPCosine:
-    """Cosine schedule shifted for a resolution: lambda(t) = -log tan(pi t / 2) + log(base / resolution).
+    """Cosine schedule shifted for a resolution.
 
+    lambda(t) = -log tan(pi t / 2) + log(base / resolution);
     Hoogeboom, Heek & Salimans, "simple diffusion" (2023), equation 3 (there for 2 lambda).
     """
     check_positive(resolution=resolution, base=base)

@@ -22,19 +22,28 @@ def x0_clock(grid: Grid, i: int) -> tuple[Any, Any]:
     return (0.0, 0.0) if last else (snr[i], snr[i + 1])
 
 
-def ddim(grid: Grid, eta: ArrayLike = 0.0, outputs: int = 1) -> Tableau:
+def ddim(
+    grid: Grid, eta: ArrayLike = 0.0, outputs: int = 1, noise_scale: str = "posterior"
+) -> Tableau:
     """DDIM: x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,  s = eta sigma' sqrt(1 - exp(-2 h)).
 
     Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021), equations 12 and 16, for any
     (alpha, sigma): 1 - exp(-2 h) is their (1 - abar / abar') / (1 - abar). eta = 0 is deterministic,
     the first-order exponential integrator; eta = 1 is DDPM with the small variance. One evaluation a
-    step, order 1. Every grid end is supported.
+    step, order 1. Every grid end is supported; from alpha = 0 the network must predict v, x0 or flow
+    (diffusers returns NaN with an eps network, and with eta = 1 wherever sigma'^2 - s^2, which is 0
+    there, rounds below 0).
 
     Arguments:
       eta: noise, in [0, 1] (larger while s <= sigma'); an array may be traced.
       outputs: 2 takes x0 and eps separately, for a denoiser that predicts ("x0", "eps") such as
         `clip_x0(denoiser, keep_eps=True)`.
+      noise_scale: "posterior" as above; "full" sets s = eta sigma': eta = 1 then renews all noise,
+        x' = alpha' x0 + sigma' z, the multistep sampler of consistency models (Song et al. 2023,
+        algorithm 1), which has no limit as steps are added.
     """
+    if noise_scale not in ("posterior", "full"):
+        raise ValueError(f"noise_scale must be 'posterior' or 'full', got {noise_scale!r}")
     if outputs not in (1, 2):
         raise ValueError(f"outputs must be 1 or 2, got {outputs!r}")
     concrete = is_concrete(eta)
@@ -44,11 +53,13 @@ def ddim(grid: Grid, eta: ArrayLike = 0.0, outputs: int = 1) -> Tableau:
     if grid.backward and noisy:
         raise ValueError(f"a grid from data to noise takes eta = 0, got {eta!r}")
     check_ends(grid, "ddim", noise=True, data=True)
+    clocked = noisy and noise_scale == "posterior"
     xp = grid.xp if concrete and not noisy else _with(grid.xp, eta)
     rows = []
     for i in range(grid.steps):
         (_, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
-        std = eta * s1 * xp.sqrt(posterior_share(grid, i)) if noisy else 0.0
+        share = posterior_share(grid, i) if noise_scale == "posterior" else 1.0
+        std = eta * s1 * xp.sqrt(share) if noisy else 0.0
         if noisy and concrete and is_concrete(std, s1) and np.any(np.asarray(std > s1)):
             raise ValueError(f"eta = {eta!r} asks for more noise than sigma at node {i + 1}")
         along = xp.sqrt(s1**2 - std**2) if noisy else s1
@@ -58,9 +69,9 @@ def ddim(grid: Grid, eta: ArrayLike = 0.0, outputs: int = 1) -> Tableau:
             update = Update([along / s], [a1 - along * a / s], z)
         else:
             update = Update([0.0], [(a1, along)], z)
-        rows.append(Row(grid.node(i), [update], x0_clock(grid, i) if noisy else None))
+        rows.append(Row(grid.node(i), [update], x0_clock(grid, i) if clocked else None))
     integrand = "x0" if outputs == 1 else ("x0", "eps")
-    return assemble(rows, integrand, xp, brownian="x0" if noisy else None)
+    return assemble(rows, integrand, xp, brownian="x0" if clocked else None)
 
 
 def _with(xp: Any, value: Any) -> Any:
@@ -79,7 +90,9 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Tableau:
         fixed_large    sigma^2  (1 - exp(-2 h))     the forward step's (beta)
 
     Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (2020), equation 7 and section 3.2.
-    No noise in a step to sigma = 0. One evaluation a step, weak order 1; every grid end is supported.
+    No noise in a step to sigma = 0 (diffusers adds the forward step's in such a step from t > 0 with
+    "fixed_large"; its "fixed_large_log" is NaN). One evaluation a step, weak order 1; every grid end is
+    supported.
     """
     if variance not in ("fixed_small", "fixed_large"):
         raise ValueError(f"variance must be 'fixed_small' or 'fixed_large', got {variance!r}")

@@ -8,7 +8,6 @@
 from math import factorial
 from typing import Any
 
-import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import namespace
@@ -57,8 +56,3 @@ def interpolation_weights(offsets: Any, h: ArrayLike, sign: float = -1.0) -> Any
     if count == 1:
         return moments * h
     return xp.linalg.solve(matrix, moments[:, None])[:, 0] * h
-
-
-def infinite(h: Any) -> bool:
-    """Whether the host knows a step to be infinitely long in half-log-SNR."""
-    return isinstance(h, (float, np.floating)) and not np.isfinite(h)

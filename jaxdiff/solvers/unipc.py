@@ -29,8 +29,10 @@ def unipc(
       lower_order_final: lower the order to 2 and 1 over the last steps; None does so below 15 steps.
         The authors' code does so always, which costs the last step's order.
 
-    The step to sigma = 0 is first order. alpha = 0 at the noise end is supported with "x0": that
-    step is first order, uncorrected, and its node left out of later differences.
+    The step to sigma = 0 is first order (diffusers is NaN there with "bh1", with "eps", and above order
+    1 without lower_order_final; also, with order 3, in its last step of length 0). alpha = 0 at the
+    noise end is supported with "x0": that step is first order, uncorrected, and its node left out of
+    later differences.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")

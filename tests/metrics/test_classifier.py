@@ -92,6 +92,7 @@ _IMAGES = np.zeros((2, 8, 8, 1))
         (lambda c: metrics.conditional_accuracy(c, _IMAGES, [1, 10]), r"0 to 9, got 10 \(1 out"),
         (lambda c: metrics.conditional_accuracy(c, _IMAGES, [-1, 1]), "0 to 9, got -1"),
         (lambda c: metrics.conditional_accuracy(c, _IMAGES, [1]), r"each of 2 samples, got \(1,\)"),
+        (lambda c: metrics.digit_classifier(-1), "seed must be at least 0, got -1"),
         (lambda c: metrics.real_floor(c, n=1), "at least 2, splits 1, got 1, 899 and 20"),
         (lambda c: metrics.real_floor(c, splits=0), "got 898, 899 and 0"),
     ],

@@ -32,7 +32,7 @@ def test_two_by_two_closed_form():
     a, b = _covariance(rng, 2), _covariance(rng, 2)
     product = a @ b
     root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
-    got = metrics.frechet_from_moments([1, 2], a, [0, 4], b)
+    got = metrics.frechet_from_moments(np.array([1.0, 2.0]), a, np.array([0.0, 4.0]), b)
     np.testing.assert_allclose(got, 1 + 4 + np.trace(a) + np.trace(b) - 2 * root, rtol=1e-12)
 
 

@@ -20,7 +20,7 @@ _KEY = jax.random.key(0)
 def test_one_dimension_is_scipys_wasserstein_distance(sizes):
     rng = np.random.default_rng(sizes)
     a, b = rng.standard_normal(sizes[0]), rng.uniform(-1, 3, sizes[1])
-    got = metrics.sliced_wasserstein(a, b, _KEY, num_projections=3, p=1)
+    got = metrics.sliced_wasserstein(a, b, _KEY, num_projections=3, p=1.0)
     np.testing.assert_allclose(got, scipy.stats.wasserstein_distance(a, b), rtol=1e-12)
 
 
@@ -43,7 +43,7 @@ def test_every_direction_against_scipy(monkeypatch, block):
     directions = np.asarray(jax.random.normal(_KEY, (7, 5)), np.float64)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     want = np.mean([scipy.stats.wasserstein_distance(a @ d, b @ d) for d in directions])
-    got = metrics.sliced_wasserstein(a, b, _KEY, num_projections=7, p=1)
+    got = metrics.sliced_wasserstein(a, b, _KEY, num_projections=7, p=1.0)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 

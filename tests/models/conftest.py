@@ -22,6 +22,12 @@ def _random_variables(module, shapes, static):
 
 
 @pytest.fixture
+def jit():
+    """`jax.jit` for programs that take long to compile and no time to run."""
+    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture
 def random_variables():
     """(module, *arrays, static=()) -> its variables, all random: no zero left by an initialiser."""
 

@@ -67,9 +67,9 @@ def test_sizes_are_the_twelve_of_the_paper():
         DiT.from_size("DiT-M/2")
 
 
-def test_initialisation_is_the_authors():
+def test_initialisation_is_the_authors(jit):
     module = DiT(width=64, depth=1, num_heads=4, num_classes=500, qk_norm="layer")
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), 0.0)["params"]
+    params = jit(module.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), 0.0)["params"]
     block = params["block_0"]
     for layer in (params["in"], block["attention"]["qkv"], block["mlp_in"], block["mlp_out"]):
         bound = np.sqrt(6 / sum(layer["kernel"].shape))
@@ -173,7 +173,7 @@ def reference(module, variables, x, t, labels):
 
 
 @pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
-def test_forward_is_the_paper_s(qk_norm, random_variables):
+def test_forward_is_the_paper_s(qk_norm, random_variables, jit):
     module = DiT(
         patch_size=2, width=8, depth=2, num_heads=2, num_classes=3, qk_norm=qk_norm,
         learn_sigma=True,
@@ -182,7 +182,7 @@ def test_forward_is_the_paper_s(qk_norm, random_variables):
     t, labels = jnp.array([0.2, 0.9]), jnp.array([2, 3])
     variables = random_variables(module, x, t)
     expected = reference(module, variables, np.asarray(x, np.float64), t, labels)
-    apply = jax.jit(module.apply, static_argnames="method")
+    apply = jit(module.apply, static_argnames="method")
     prediction, variance = apply(variables, x, t, labels, method="with_variance")
     np.testing.assert_allclose(prediction, expected[..., :2], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(variance, expected[..., 2:], rtol=1e-4, atol=1e-5)
@@ -201,12 +201,12 @@ def mean_attention(q, k, v):
     return jnp.broadcast_to(v.mean(axis=1, keepdims=True), v.shape)
 
 
-def test_attention_can_be_replaced(random_variables):
+def test_attention_can_be_replaced(random_variables, jit):
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
     module = DiT(width=8, depth=1, num_heads=2)
     variables = random_variables(module, x, 0.5)
     plain, other = (
-        jax.jit(m.apply) for m in (module, module.clone(attention=mean_attention))
+        jit(m.apply) for m in (module, module.clone(attention=mean_attention))
     )
     assert np.abs(other(variables, x, 0.5) - plain(variables, x, 0.5)).max() > 0.01
     # Without queries all logits are equal: attention is then the mean of the values.

@@ -124,7 +124,7 @@ def four_copies(h):
     "channels, resample, plain",
     [(8, None, lambda h: h), (12, _down, mean_of_four), (8, _up, four_copies)],
 )
-def test_residual_block_is_adm_s(channels, resample, plain, random_variables):
+def test_residual_block_is_adm_s(channels, resample, plain, random_variables, jit):
     module = ResBlock(channels, resample, 0.0, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (2, 4, 6, 8))
     c = jax.random.normal(jax.random.key(2), (2, 5))
@@ -137,11 +137,11 @@ def test_residual_block_is_adm_s(channels, resample, plain, random_variables):
     h = group_norm(p["norm_out"], h, channels // 4) * (1 + scale) + shift
     expected = conv(p["conv_out"], silu(h))
     expected += plain(x64) if channels == 8 else conv(p["skip"], plain(x64))
-    out = jax.jit(module.apply, static_argnums=3)(variables, x, c, False)
+    out = jit(module.apply, static_argnums=3)(variables, x, c, False)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_block_attends_over_all_pixels(random_variables):
+def test_attention_block_attends_over_all_pixels(random_variables, jit):
     module = AttentionBlock(4, jax.nn.dot_product_attention, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (2, 2, 3, 8))
     variables = random_variables(module, x)
@@ -156,7 +156,7 @@ def test_attention_block_attends_over_all_pixels(random_variables):
             mixed[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v
     out = mixed @ p["attention"]["out"]["kernel"] + p["attention"]["out"]["bias"]
     np.testing.assert_allclose(
-        jax.jit(module.apply)(variables, x), x + out.reshape(x.shape), rtol=1e-4, atol=1e-4
+        jit(module.apply)(variables, x), x + out.reshape(x.shape), rtol=1e-4, atol=1e-4
     )
 
 
@@ -189,7 +189,7 @@ def test_attention_sits_at_the_chosen_sizes_and_in_the_middle():
         shapes(module.clone(attention_resolutions=(8, 5)), (1, 8, 8, 3))
 
 
-def test_an_image_is_seen_and_its_bad_shapes_are_refused(random_variables):
+def test_an_image_is_seen_and_its_bad_shapes_are_refused(random_variables, jit):
     module = UNet(**TINY, multipliers=(1,), attention_resolutions=(), image_channels=2)
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
     image = jax.random.normal(jax.random.key(2), (2, 4, 4, 2))
@@ -200,9 +200,9 @@ def test_an_image_is_seen_and_its_bad_shapes_are_refused(random_variables):
     wide = jnp.concatenate([kernel, jnp.zeros((3, 3, 2, 8))], axis=2)
     layer = variables["params"]["in"] | {"kernel": wide}
     blind = {"params": variables["params"] | {"in": layer}}
-    apply = jax.jit(module.apply)
+    apply = jit(module.apply)
     out = apply(blind, x, 0.5, {"image": image})
-    expected = jax.jit(plain.apply)(variables, x, 0.5)
+    expected = jit(plain.apply)(variables, x, 0.5)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     layer = variables["params"]["in"] | {"kernel": wide.at[:, :, 3:].set(0.3)}
     seeing = {"params": variables["params"] | {"in": layer}}
@@ -219,19 +219,25 @@ def test_an_image_is_seen_and_its_bad_shapes_are_refused(random_variables):
     refuses("network with image_channels=0", plain, {"image": image})
 
 
-def test_variance_is_the_second_half(random_variables):
+def test_variance_is_the_second_half(random_variables, jit):
     module = UNet(**TINY, multipliers=(1,), attention_resolutions=(), learn_sigma=True)
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
     variables = random_variables(module, x, 0.5)
-    apply = jax.jit(module.apply, static_argnames="method")
+    apply = jit(module.apply, static_argnames="method")
     prediction, variance = apply(variables, x, 0.5, method="with_variance")
     np.testing.assert_allclose(apply(variables, x, 0.5), prediction, rtol=1e-5, atol=1e-6)
     # The network of the first (second) half of the last layer's filters.
-    plain = jax.jit(module.clone(learn_sigma=False).apply)
+    plain = jit(module.clone(learn_sigma=False).apply)
     for part, expected in ((slice(0, 3), prediction), (slice(3, 6), variance)):
         layer = {name: a[..., part] for name, a in variables["params"]["out"].items()}
         half = {"params": variables["params"] | {"out": layer}}
         np.testing.assert_allclose(plain(half, x, 0.5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lists_are_as_good_as_tuples():
+    module = UNet(multipliers=[1, 2], attention_resolutions=[8])
+    same = UNet(multipliers=(1, 2), attention_resolutions=(8,))
+    assert module == same and hash(module) == hash(same)
 
 
 def test_bad_sizes_and_options():

@@ -1,0 +1,310 @@
+"""The command line: `jaxdiff train | sample | evaluate`."""
+
+import argparse
+import ast
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxdiff.config import nearest
+
+# Imports of jax and of the rest are in the functions: `--help` and typing errors answer at once.
+
+_EXPECTED = (
+    ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, MemoryError,
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, 1 if the run failed, 2 if the command was wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, overrides = _parse(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            return _run(arguments, overrides)
+        except KeyboardInterrupt:
+            print("\njaxdiff: interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    try:
+        _use_compilation_cache()
+        work = _COMMANDS[arguments.command].prepare(arguments, overrides)
+    except _EXPECTED as error:
+        return _report(error, 2, arguments.debug)
+    try:
+        work()
+    except _EXPECTED as error:
+        return _report(error, 1, arguments.debug)
+    return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"jaxdiff: warning: {message}", file=sys.stderr)
+
+
+def _report(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    print(f"jaxdiff: error: {message}", file=sys.stderr)
+    return code
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(base / "jaxdiff"))
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def _prepare_train(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+    from jaxdiff import config as configuration
+    from jaxdiff.settings import SECTIONS
+    from jaxdiff.training.run import prepare
+
+    config = configuration.load(arguments.config, SECTIONS)
+    config = configuration.complete(configuration.override(config, overrides), SECTIONS)
+    plan = prepare(config)
+    return lambda: _train(plan, Path(arguments.workdir), not arguments.quiet)
+
+
+def _train(plan: Any, workdir: Path, progress: bool) -> None:
+    from jaxdiff.training.loop import train
+    from jaxdiff.training.report import draw_picture, final_report
+    from jaxdiff.training.run import FIGURES, is_finished
+
+    if is_finished(plan.experiment, workdir):
+        print(f"{workdir} is finished: {plan.experiment.config.train.steps} steps")
+        print((workdir / FIGURES).read_text(), end="")
+        return
+
+    def hook(experiment, state):
+        draw_picture(experiment, state.ema, workdir)
+
+    state = train(plan, workdir, hook, progress)
+    figures = final_report(plan.experiment, state, plan.source, workdir, progress)
+    print(json.dumps(figures, indent=2))
+
+
+# --- sample and evaluate --------------------------------------------------------------------------
+
+
+def _prepare_sample(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+    import numpy as np
+
+    from jaxdiff.generation import balanced_labels
+
+    output = Path(arguments.output)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png (an .npz goes beside it), got {output.name!r}")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {str(output.parent)!r}")
+    experiment, tableau, options = _sampler(arguments)
+    if arguments.count < 1:
+        raise ValueError(f"--count must be at least 1, got {arguments.count}")
+    if arguments.label is None:
+        labels = balanced_labels(experiment, arguments.count)
+    else:
+        labels = experiment.check_labels(np.resize(arguments.label, arguments.count))
+    return lambda: _sample(arguments, experiment, tableau, options, labels, output)
+
+
+def _sample(arguments, experiment, tableau, options, labels, output: Path) -> None:
+    import numpy as np
+
+    from jaxdiff.files import replacing
+    from jaxdiff.generation import generate
+    from jaxdiff.pictures import sample_grid
+    from jaxdiff.training.run import restore
+
+    state = restore(experiment, arguments.workdir)
+    samples = generate(
+        experiment, state.ema, tableau, labels, arguments.count, options["seed"],
+        options["guidance"], options["batch_size"], not arguments.quiet,
+    )  # fmt: skip
+    arrays = {"x": samples} | ({} if labels is None else {"label": labels})
+    archive = output.with_suffix(".npz")
+    with replacing(archive) as temporary:
+        np.savez(temporary, **arrays)
+    sample_grid(output, samples, labels)
+    print(f"{output} and {archive.name}: {arguments.count} samples, {int(tableau.nfe)} evaluations")
+
+
+def _prepare_evaluate(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+    from jaxdiff.experiment import make_source
+
+    experiment, tableau, options = _sampler(arguments)
+    config = experiment.config
+    count = config.evaluate.count if arguments.count is None else arguments.count
+    if count < 2:
+        raise ValueError(f"--count must be at least 2, got {count}")
+    scales = config.evaluate.guidance if arguments.guidance is None else (arguments.guidance,)
+    source = make_source(config)
+    return lambda: _evaluate(arguments, experiment, tableau, options, source, scales, count)
+
+
+def _evaluate(arguments, experiment, tableau, options, source, scales, count) -> None:
+    from jaxdiff.evaluation import evaluate
+    from jaxdiff.files import write_text
+    from jaxdiff.training.run import restore
+
+    workdir = Path(arguments.workdir)
+    state = restore(experiment, workdir)
+    figures = [
+        evaluate(
+            experiment, state.ema, source, tableau, scale, count, options["seed"],
+            options["batch_size"], not arguments.quiet,
+        )
+        for scale in scales
+    ]  # fmt: skip
+    chosen = {key: options[key] for key in ("solver", "options", "steps", "grid", "grid_options")}
+    found = {"step": int(state.step), **chosen, "figures": figures}
+    text = json.dumps(found, indent=2)
+    write_text(workdir / "evaluate.json", text + "\n")
+    print(text)
+
+
+def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """(experiment, tableau, sampler options): the run's own, with the command line's on top."""
+    from jaxdiff.experiment import make_tableau, sampler
+    from jaxdiff.training.run import read_experiment
+
+    experiment = read_experiment(arguments.workdir)
+    settings = experiment.config.sample
+    options = sampler(experiment.config) | {
+        "seed": settings.seed, "guidance": settings.guidance, "batch_size": settings.batch_size,
+    }  # fmt: skip
+    # Another solver or grid does not take the options of the run's own.
+    for name, own in (("solver", "options"), ("grid", "grid_options")):
+        if getattr(arguments, name) not in (None, options[name]):
+            options[own] = {}
+    for name in ("solver", "steps", "grid", "seed", "guidance", "batch_size"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    options["options"] = options["options"] | dict(arguments.option)
+    options["grid_options"] = options["grid_options"] | dict(arguments.grid_option)
+    experiment.check_guidance(options["guidance"])
+    if options["batch_size"] < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options['batch_size']}")
+    names = ("solver", "steps", "grid", "options", "grid_options")
+    tableau = make_tableau(experiment.process, **{name: options[name] for name in names})
+    return experiment, tableau, options
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+class _Command(NamedTuple):
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    # Checks everything, writes nothing, and returns the work that is left to do.
+    prepare: Callable[[argparse.Namespace, list[str]], Callable[[], None]]
+    overrides: bool = False
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR",
+        help="the folder of the run; an unfinished run of the same configuration is continued",
+    )  # fmt: skip
+
+
+def _sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="the folder of a run")
+    add("--solver", help="a name of jaxdiff.solvers.CATALOGUE (default: the run's)")
+    add("--steps", type=int, help="steps of the grid (default: the run's)")
+    add("--grid", help="a name of jaxdiff.grids (default: the run's)")
+    add(
+        "--option", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+        help="an option of the solver, e.g. order=3; repeat for several",
+    )  # fmt: skip
+    add(
+        "--grid-option", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+        help="an option of the grid, e.g. rho=7",
+    )  # fmt: skip
+    add("--guidance", type=float, metavar="S", help="uncond + S (cond - uncond); 1: conditional")
+    add("--seed", type=int, help="decides every sample (default: the run's)")
+    add("--batch-size", type=int, help="samples drawn at once; does not change them")
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _sampler_arguments(parser)
+    parser.add_argument(
+        "--label", type=int, nargs="+", metavar="K", help="classes, in turn (default: all)"
+    )
+    parser.add_argument("--count", type=int, default=16, help="samples (default: 16)")
+    parser.add_argument(
+        "--output", default="samples.png", metavar="FILE.png",
+        help="the picture; the samples themselves go beside it as .npz (default: samples.png)",
+    )  # fmt: skip
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _sampler_arguments(parser)
+    parser.add_argument("--count", type=int, help="samples (default: the run's)")
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    if value.lower() in ("true", "false"):
+        value = value.capitalize()
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+_COMMANDS = {
+    "train": _Command(
+        "train, or continue, a run; --config.KEY=VALUE overrides the configuration",
+        _train_arguments, _prepare_train, overrides=True,
+    ),
+    "sample": _Command(
+        "draw samples from a run, to a picture and an .npz", _sample_arguments, _prepare_sample
+    ),
+    "evaluate": _Command(
+        "compare samples of a run with its data; also writes evaluate.json into its folder",
+        _evaluate_arguments, _prepare_evaluate,
+    ),
+}  # fmt: skip
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("jaxdiff", description="Diffusion models in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        command.arguments(sub)
+        sub.add_argument("--quiet", action="store_true", help="no progress bar")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        hint = nearest(argv[0], _COMMANDS)
+        parser.error(f"unknown command {argv[0]!r}{hint}; choose from {', '.join(_COMMANDS)}")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not _COMMANDS[arguments.command].overrides:
+        known = [a for a in commands.choices[arguments.command]._option_string_actions]
+        parser.error(f"unknown argument {rest[0]!r}{nearest(rest[0].partition('=')[0], known)}")
+    return arguments, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""An experiment: the one place where a configuration's sections become objects.
+
+`train`, `sample` and `evaluate` all start from an `Experiment`, so that a checkpoint is used with
+exactly the process, network and shape of data it was trained with.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdiff import solvers
+from jaxdiff.config import nearest
+from jaxdiff.data.loader import Source
+from jaxdiff.denoisers import Denoiser, precondition
+from jaxdiff.guidance import classifier_free
+from jaxdiff.models import from_linen
+from jaxdiff.noise import sample_keys
+from jaxdiff.predictions import check_prediction
+from jaxdiff.processes import Process
+from jaxdiff.sampling import sample
+from jaxdiff.settings import GRIDS, SECTIONS
+from jaxdiff.solvers.tableau import Tableau
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a configuration describes, apart from the data themselves.
+
+    Attributes:
+      config: completed and locked (`jaxdiff.config.complete`).
+      process: the forward process.
+      module: the Linen network.
+      shape: of one example, without the batch.
+      num_classes: labels the network is conditioned on, or None.
+    """
+
+    config: ConfigDict
+    process: Process
+    module: nn.Module
+    shape: tuple[int, ...]
+    num_classes: int | None
+
+    def init(self, key: jax.Array) -> Any:
+        """The network's initial variables, {"params": ...}."""
+        x = jnp.zeros((1, *self.shape))
+        return self.module.init(key, x, jnp.zeros(1), self._cond(np.zeros(1, np.int32)))
+
+    def denoiser(self, variables: Any, rngs: Mapping[str, jax.Array] | None = None) -> Denoiser:
+        """The denoiser with these variables; `rngs` ("label", "dropout") make it a training one."""
+        settings = self.config.denoiser
+        found = from_linen(
+            self.module, variables, settings.prediction, train=rngs is not None, rngs=rngs
+        )
+        if settings.precondition:
+            return precondition(found.fn, settings.sigma_data, found.params)
+        return found
+
+    def sample(
+        self, variables: Any, tableau: Tableau, labels: Any, ids: Any, seed: int, guidance: float,
+    ) -> jax.Array:  # fmt: skip
+        """Samples [batch, *shape]; sample i is decided by (seed, ids[i]) and its label alone.
+
+        `labels` are integers [batch], or None for a network without classes; `guidance` is s of
+        uncond + s (cond - uncond). Raises ValueError for labels or guidance that do not apply.
+        """
+        self.check_guidance(guidance)
+        labels = None if labels is None else self.check_labels(labels)
+        denoiser = self.denoiser(variables)
+        if guidance != 1.0:
+            denoiser = classifier_free(denoiser, guidance, np.int32(self.num_classes))
+        start, steps = jax.random.split(jax.random.key(seed))
+        ids = np.asarray(ids)
+        x_T = self.process.prior(sample_keys(start, ids), (len(ids), *self.shape))
+        return sample(denoiser, tableau, x_T, sample_keys(steps, ids), cond=self._cond(labels))
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raise ValueError unless this network can be guided at that scale."""
+        if not np.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+        if guidance != 1.0 and (self.num_classes is None or not self._has_null):
+            raise ValueError(
+                f"guidance {guidance:g} needs a network trained with classes and label_dropout > 0;"
+                " without them only guidance 1 applies"
+            )
+
+    def check_labels(self, labels: Any) -> np.ndarray:
+        """The labels as int32; ValueError unless each is a class of this network."""
+        labels = np.asarray(labels, np.int32)
+        if self.num_classes is None:
+            raise ValueError("labels were given to a network trained without classes")
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if wrong.size:
+            raise ValueError(
+                f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}"
+            )
+        return labels
+
+    @property
+    def _has_null(self) -> bool:
+        return getattr(self.module, "label_dropout", 0) > 0
+
+    def _cond(self, labels: Any) -> Any:
+        return None if self.num_classes is None else jnp.asarray(labels)
+
+
+def make_source(config: ConfigDict) -> Source:
+    """The examples of the data section."""
+    return _call(SECTIONS["data"].choices, config.data)
+
+
+def make_experiment(
+    config: ConfigDict, shape: tuple[int, ...], num_classes: int | None
+) -> Experiment:
+    """Build every object of a completed configuration, for examples of that shape and classes.
+
+    Raises ValueError or TypeError for settings that do not fit together: before anything is
+    written, and before the first step.
+    """
+    settings = config.denoiser
+    check_prediction(settings.prediction)
+    if settings.precondition and settings.prediction != "x0":
+        raise ValueError(
+            "config.denoiser.precondition makes an x0 denoiser: set config.denoiser.prediction to "
+            f"'x0', got {settings.prediction!r}"
+        )
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            "config.denoiser.dtype must be 'float32', 'bfloat16' or 'float16', got "
+            f"{settings.dtype!r}"
+        )
+    if settings.conditional and num_classes is None:
+        raise ValueError("the data have no labels: set config.denoiser.conditional to False")
+    classes = num_classes if settings.conditional else None
+    process = _call(SECTIONS["process"].choices, config.process)
+    dtype = jnp.dtype(settings.dtype)
+    module = _call(SECTIONS["model"].choices, config.model, num_classes=classes, dtype=dtype)
+    experiment = Experiment(config, process, module, tuple(shape), classes)
+    _check_output(experiment)
+    experiment.check_guidance(config.sample.guidance)
+    for name in ("count", "batch_size"):
+        if config.sample[name] < 1:
+            raise ValueError(f"config.sample.{name} must be at least 1, got {config.sample[name]}")
+    make_tableau(process, **sampler(config))
+    return experiment
+
+
+def sampler(config: ConfigDict) -> dict[str, Any]:
+    """The sample section's arguments of `make_tableau`."""
+    chosen = config.sample
+    return {
+        "solver": chosen.solver, "steps": chosen.steps, "grid": chosen.grid,
+        "options": chosen.options.to_dict(), "grid_options": chosen.grid_options.to_dict(),
+    }  # fmt: skip
+
+
+def make_tableau(
+    process: Process, solver: str, steps: int, grid: str,
+    options: Mapping[str, Any] | None = None, grid_options: Mapping[str, Any] | None = None,
+) -> Tableau:  # fmt: skip
+    """A tableau by names. Raises ValueError for unknown ones, with the nearest."""
+    solvers.find(solver)
+    if grid not in GRIDS:
+        raise ValueError(
+            f"unknown grid {grid!r}{nearest(grid, GRIDS)}; choose from {', '.join(GRIDS)}"
+        )
+    build = GRIDS[grid]
+    accepted = [key for key in inspect.signature(build).parameters][2:]
+    for option in grid_options or {}:
+        if option not in accepted:
+            raise ValueError(
+                f"grid {grid!r} has no option {option!r}{nearest(option, accepted)}; it takes "
+                f"{accepted}"
+            )
+    return solvers.build(solver, build(process, steps, **(grid_options or {})), **(options or {}))
+
+
+def _call(choices: Mapping[str, Any], section: ConfigDict, **extra: Any) -> Any:
+    arguments = {key: value for key, value in section.items() if key != "name"}
+    return choices[section.name](**arguments, **extra)
+
+
+def _check_output(experiment: Experiment) -> None:
+    """Trace the network once, without computing, so that a misfit is found before anything runs."""
+    variables = jax.eval_shape(experiment.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((2, *experiment.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def call(variables, x, labels):
+        return experiment.module.apply(variables, x, jnp.zeros(2), experiment._cond(labels))
+
+    out = jax.eval_shape(call, variables, x, labels)
+    if out.shape != x.shape:
+        raise ValueError(f"the network maps a state of shape {x.shape} to {out.shape}")

@@ -1,0 +1,133 @@
+"""The sections of a configuration: their keys, defaults and choices."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdiff import data, grids, models, processes
+from jaxdiff.config import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserSettings:
+    """What the network predicts, and how it is called.
+
+    `conditional` uses the data's labels; `precondition` wraps the network in EDM's preconditioning
+    with `sigma_data`, and then the prediction is "x0"; `dtype` is the network's.
+    """
+
+    prediction: str = "v"
+    conditional: bool = True
+    precondition: bool = False
+    sigma_data: float = 0.5
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Weighting and time law by their names in `jaxdiff.losses`, each with its options."""
+
+    weighting: str = "v"
+    weighting_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    time_law: str = "uniform"
+    time_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Linear warm-up to `learning_rate`, then "cosine" to end_fraction of it, or "constant".
+
+    `name` is "adam" or "adamw" (which uses `weight_decay`); gradients are clipped to the global
+    norm `clip_norm` (0 does not clip).
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    end_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The loop: `batch_size` counts examples a step over all devices.
+
+    `flip` mirrors images at random; `ema_decay` is the weights' average, warmed up; `keep` is how
+    many checkpoints stay; `sample_every` steps a grid of samples is drawn (0: only at the end);
+    `tensorboard` also writes event files.
+    """
+
+    steps: int
+    batch_size: int = 128
+    flip: bool = False
+    ema_decay: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 2
+    sample_every: int = 0
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """The default sampler of a run: solver and grid by name, each with its options.
+
+    `guidance` is the scale s of uncond + s (cond - uncond); 1 is conditional. `count` samples a
+    class make the picture; at most `batch_size` are drawn at once.
+    """
+
+    solver: str = "dpm_solver_pp_multistep"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 10
+    grid: str = "half_log_snr"
+    grid_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guidance: float = 1.0
+    count: int = 8
+    batch_size: int = 256
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """`count` samples are compared with the real data, once for each guidance scale.
+
+    `features` is "digits" (a digit classifier's, for Frechet distance and accuracy) or "pixels".
+    """
+
+    count: int = 1000
+    features: str = "pixels"
+    guidance: tuple[float, ...] = (1.0,)
+
+
+_IMAGE_HIDDEN = ("parent", "name", "num_classes", "learn_sigma", "image_channels", "dtype")
+_PROCESSES = (
+    processes.vp_linear, processes.vp_cosine, processes.shifted_cosine, processes.sub_vp,
+    processes.ddpm, processes.ve, processes.edm, processes.flow,
+)  # fmt: skip
+_SOURCES = (data.digits, data.photo_patches, data.arrays, data.image_folder)
+_MODELS = {"dit": models.DiT, "unet": models.UNet, "mlp": models.MLP}
+GRIDS = {
+    f.__name__: f
+    for f in (
+        grids.half_log_snr, grids.uniform, grids.karras, grids.quadratic, grids.power,
+        grids.leading, grids.linspace, grids.trailing,
+    )
+}  # fmt: skip
+
+SECTIONS: dict[str, Any] = {
+    "seed": 0,
+    "data": Section({f.__name__: f for f in _SOURCES}),
+    "process": Section({f.__name__: f for f in _PROCESSES}),
+    "model": Section(_MODELS, hidden=_IMAGE_HIDDEN),
+    "denoiser": Section({None: DenoiserSettings}),
+    "loss": Section({None: LossSettings}),
+    "optimizer": Section({None: OptimizerSettings}),
+    "train": Section({None: TrainSettings}),
+    "sample": Section({None: SampleSettings}),
+    "evaluate": Section({None: EvaluateSettings}),
+}
