@@ -201,6 +201,7 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         raise ValueError(f"--batch-size must be at least 1, got {options['batch_size']}")
     names = ("solver", "steps", "grid", "options", "grid_options")
     tableau = make_tableau(experiment.process, **{name: options[name] for name in names})
+    experiment.check_sampler(tableau, options["guidance"])
     return experiment, tableau, options
 
 

@@ -224,9 +224,9 @@ def _check_known(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean ...?" with the names closest to `name`, or nothing."""
+    """" (did you mean ...?)" with the names closest to `name`, or nothing."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Denoiser:
     def __post_init__(self):
         if not callable(self.fn):
             raise TypeError(f"fn must be callable, got {self.fn!r}")
+        if not isinstance(self.prediction, (str, tuple)) or not self.prediction:
+            raise ValueError(f"prediction must be a name or a tuple, got {self.prediction!r}")
         for name in self.predictions:
             check_prediction(name)
 
@@ -92,6 +94,14 @@ class Denoiser:
 def level(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> tuple[Any, Any, Any]:
     """`Denoiser.time` for functions that want all of (t, alpha, sigma)."""
     return t, alpha, sigma
+
+
+def check_single(denoiser: Any, what: str) -> None:
+    """Raise TypeError unless `denoiser` is a Denoiser, ValueError if it predicts several things."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"{what} takes a jaxdiff.Denoiser, got {type(denoiser).__name__}")
+    if not isinstance(denoiser.prediction, str):
+        raise ValueError(f"{what} takes one prediction, got {denoiser.prediction}")
 
 
 def wrap(
@@ -165,8 +175,7 @@ def dynamic_threshold(
 
 
 def _threshold(rule, denoiser: Denoiser, strengths: Any, keep_eps: bool) -> Denoiser:
-    if not isinstance(denoiser.prediction, str):
-        raise ValueError(f"thresholding takes one prediction, got {denoiser.prediction}")
+    check_single(denoiser, "thresholding")
     prediction = ("x0", "eps") if keep_eps else "x0"
     return wrap(_Threshold(rule, denoiser.prediction, keep_eps), denoiser, strengths, prediction)
 

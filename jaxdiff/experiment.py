@@ -80,6 +80,15 @@ class Experiment:
         x_T = self.process.prior(sample_keys(start, ids), (len(ids), *self.shape))
         return sample(denoiser, tableau, x_T, sample_keys(steps, ids), cond=self._cond(labels))
 
+    def check_sampler(self, tableau: Tableau, guidance: float) -> None:
+        """Raise ValueError if this network cannot be sampled so; traces, but computes nothing."""
+        labels = None if self.num_classes is None else np.zeros(1, np.int32)
+
+        def call(variables):
+            return self.sample(variables, tableau, labels, np.arange(1), 0, guidance)
+
+        jax.eval_shape(call, jax.eval_shape(self.init, jax.random.key(0)))
+
     def check_guidance(self, guidance: float) -> None:
         """Raise ValueError unless this network can be guided at that scale."""
         if not np.isfinite(guidance):
@@ -147,7 +156,7 @@ def make_experiment(
     for name in ("count", "batch_size"):
         if config.sample[name] < 1:
             raise ValueError(f"config.sample.{name} must be at least 1, got {config.sample[name]}")
-    make_tableau(process, **sampler(config))
+    experiment.check_sampler(make_tableau(process, **sampler(config)), config.sample.guidance)
     return experiment
 
 

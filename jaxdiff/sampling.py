@@ -119,7 +119,7 @@ def _check_noise(tableau, x, key, noise) -> None:
         raise ValueError("this tableau is stochastic: pass key= or noise=")
     if isinstance(noise, BrownianPath):
         noise.check(tableau)
-    elif noise is not None and x is not None:
+    elif noise is not None and x is not None and is_concrete(tableau.draw):
         draws = tableau.draws
         want = jax.tree.map(lambda a: (draws, *a.shape), x)
         if jax.tree.structure(noise) != jax.tree.structure(x):

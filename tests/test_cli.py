@@ -136,6 +136,8 @@ def test_evaluate_repeats_the_figures_of_the_run(moved, tmp_path, capsys):
          ["none.npz"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.train.ema_decay=1"],
          ["ema_decay", "1.0"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.denoiser.prediction=eps"],
+         ["alpha = 0", "'eps'", "v, x0 or flow"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.sample.count=0"],
          ["config.sample.count", "0"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.evaluate.features=x"],

@@ -160,6 +160,8 @@ def test_a_half_precision_network_is_guided_in_the_states():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="one prediction, got .'x0', 'eps'."):
         classifier_free(jd.Denoiser(network, ("x0", "eps")), 2.0, NULL)
+    with pytest.raises(TypeError, match="guidance takes a jaxdiff.Denoiser, got function"):
+        classifier_free(network, 2.0, NULL)
     guided = classifier_free(denoiser(), 2.0, NULL)
     with pytest.raises(ValueError, match="needs cond="):
         guided(X, *LEVELS)

@@ -115,11 +115,10 @@ def test_leaves_and_draws_are_independent():
 # --- Brownian paths -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def increments(path, clocks, shape):
-    """One normalised increment for each clock interval, [intervals, *shape]."""
-    like = jax.ShapeDtypeStruct(shape, clocks.dtype)
-    return jax.lax.map(lambda clock: path.draw(clock, like), clocks)
+@jax.jit
+def increments(path, intervals, like):
+    """One normalised increment for each clock interval, leaves [intervals, *shape]."""
+    return jax.lax.map(lambda clock: path.draw(clock, like), intervals)
 
 
 def clock_of(process, form, t):
@@ -136,7 +135,7 @@ def test_increments_are_standard_normals_and_independent(form):
     clock = clock_of(VP, form, t)
     path = jd.BrownianPath(VP, form, KEY)
     intervals = jnp.asarray(np.stack([clock[:-1], clock[1:]], 1), jnp.float32)
-    z = np.asarray(increments(path, intervals, (4000, 1)))[..., 0]
+    z = np.asarray(increments(path, intervals, jnp.zeros((4000, 1))))[..., 0]
     for row in z:
         assert kstest(row, "norm").pvalue > 1e-3
     assert np.abs(np.corrcoef(z) - np.eye(8)).max() < 4.5 / np.sqrt(4000)
@@ -147,38 +146,34 @@ def test_fine_increments_sum_to_coarse_ones(x64, form):
     """sqrt|b - a| z is W's increment: what 12 steps see is what 3 steps see, and 1."""
     t = np.linspace(1.0, 0.05, 13)
     clock = clock_of(VP, form, t)
+    nodes = [clock[::stride] for stride in (1, 4, 12)]
+    intervals = np.concatenate([np.stack([c[:-1], c[1:]], 1) for c in nodes])  # 12 + 3 + 1
+    width = np.abs(intervals[:, 1] - intervals[:, 0])[:, None, None]
     path = jd.BrownianPath(VP, form, KEY)
-    pieces = {}
-    for stride in (1, 4, 12):
-        nodes = jnp.asarray(clock[::stride])
-        intervals = jnp.stack([nodes[:-1], nodes[1:]], 1)
-        width = jnp.abs(nodes[1:] - nodes[:-1])[:, None, None]
-        pieces[stride] = np.asarray(increments(path, intervals, (5, 2)) * jnp.sqrt(width))
-    for stride in (4, 12):
-        summed = pieces[1].reshape(12 // stride, stride, 5, 2).sum(1)
-        np.testing.assert_allclose(summed, pieces[stride], rtol=1e-8, atol=1e-10)
-    again = increments(path, jnp.asarray([[clock[0], clock[-1]]]), (5, 2))
+    moved = width**0.5 * increments(path, jnp.asarray(intervals), jnp.zeros((5, 2)))
+    np.testing.assert_allclose(
+        moved[:12].reshape(3, 4, 5, 2).sum(1), moved[12:15], rtol=1e-8, atol=1e-10
+    )
+    np.testing.assert_allclose(moved[:12].sum(0), moved[15], rtol=1e-8, atol=1e-10)
     other = dataclasses.replace(path, key=jax.random.key(8))
-    different = increments(other, jnp.asarray([[clock[0], clock[-1]]]), (5, 2))
-    assert np.abs(np.asarray(again - different)).min() > 1e-6
+    different = width**0.5 * increments(other, jnp.asarray(intervals), jnp.zeros((5, 2)))
+    assert np.abs(different - moved).min() > 1e-6
 
 
 def test_a_path_belongs_to_a_sample_and_trees_have_one_a_leaf():
     keys = jd.sample_keys(KEY, np.arange(4))
-    interval = jnp.asarray(clock_of(VP, "x0", np.array([0.6, 0.2])), jnp.float32)
+    interval = clock_of(VP, "x0", np.array([0.6, 0.2]))
+    intervals = jnp.asarray([interval, interval[[0, 0]]], jnp.float32)  # and a row without noise
 
-    @jax.jit
-    def draws(key, keys, interval):
-        path = jd.BrownianPath(VP, "x0", key)
-        part = jd.BrownianPath(VP, "x0", keys[1:3]).draw(interval, jnp.zeros((2, 2)))
-        nothing = path.draw(interval[:1].repeat(2), jnp.zeros((4, 2)))  # a row without noise
-        tree = {"a": jnp.zeros((4, 2)), "b": jnp.zeros((4, 2))}
-        return path.draw(interval, jnp.zeros((4, 2))), part, nothing, path.draw(interval, tree)
-
-    whole, part, nothing, tree = draws(KEY, keys, interval)
-    np.testing.assert_array_equal(part, whole[1:3])
-    np.testing.assert_array_equal(nothing, 0.0)
-    assert np.unique(np.concatenate([tree["a"], tree["b"]])).size == 16
+    like = {"a": jnp.zeros((4, 2)), "b": jnp.zeros((4, 2))}
+    order = np.array([2, 0, 3, 1])
+    whole, moved = (
+        increments(jd.BrownianPath(VP, "x0", k), intervals, like) for k in (keys, keys[order])
+    )
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(moved[name], whole[name][:, order])
+        np.testing.assert_array_equal(whole[name][1], 0.0)
+    assert np.unique(np.concatenate([whole["a"][0], whole["b"][0]])).size == 16
 
 
 def test_the_clock_is_the_rows():

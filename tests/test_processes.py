@@ -399,6 +399,16 @@ def test_float32_on_a_device_is_float32_accurate(name):
         np.testing.assert_allclose(g2, expected[5], rtol=2e-5)
 
 
+def test_processes_with_the_same_fields_are_different_programs():
+    """One jitted function must not run the program of another class (see `register`)."""
+    linear, sub_vp = processes.vp_linear(), processes.sub_vp()
+    assert jax.tree.structure(linear) != jax.tree.structure(sub_vp)
+    assert jax.tree.structure(linear) == jax.tree.structure(processes.vp_linear(0.2, 10.0))
+    sigma = jax.jit(lambda process: process.sigma(jnp.asarray(0.5)))
+    for process in (linear, sub_vp, linear):
+        np.testing.assert_allclose(sigma(process), process.sigma(0.5), rtol=1e-5)
+
+
 def test_exact_ends_survive_compilation():
     """A compiled alpha(t_max) must not come out as a rounding error, nor its logarithm as NaN."""
     seen = []

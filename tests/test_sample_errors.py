@@ -40,7 +40,7 @@ UNTRACED = jd.Denoiser(never)
         ((UNTRACED, DDIM, None), ValueError, "give x_T, or state="),
         ((UNTRACED, DDIM, jnp.zeros((4, 2), int)), ValueError, r"floating-point .* int32 of shape"),
         ((UNTRACED, DDIM, np.zeros((4, 2), bool)), ValueError, "floating-point .* got bool"),
-        ((UNTRACED, DDIM, np.zeros((4, 2), complex)), ValueError, "floating-point .* got complex64"),
+        ((UNTRACED, DDIM, np.zeros((4, 2), complex)), ValueError, "floating-point .* complex64"),
         ((UNTRACED, DDIM, jnp.asarray(1.0)), ValueError, r"float32 of shape \(\)"),
         ((UNTRACED, DDIM, "noise"), ValueError, "got 'noise'"),
         (
@@ -71,7 +71,7 @@ def test_bad_arguments_are_named_before_tracing(arguments, error, message):
     [
         (dict(save="last"), "unknown save 'last'; choose from .*'final'.*'state'"),
         (dict(save=None), "unknown save None"),
-        (dict(adjoint=diffrax.BacksolveAdjoint()), "BacksolveAdjoint .* discrete: use .*jaxdiff.ode"),
+        (dict(adjoint=diffrax.BacksolveAdjoint()), "BacksolveAdjoint .* discrete.*jaxdiff.ode"),
         (dict(adjoint=diffrax.ImplicitAdjoint()), "ImplicitAdjoint"),
         (dict(noise=np.zeros((2, 4, 2))), r"shape \(3, 4, 2\), got \(2, 4, 2\)"),
         (dict(noise=np.zeros((3, 4, 3))), r"got \(3, 4, 3\)"),
@@ -123,18 +123,7 @@ def test_pure_noise_needs_another_prediction(prediction):
     tableau = jd.solvers.ddim(jd.grids.uniform(FLOW, 2))
     with pytest.raises(ValueError, match=f"row 0 evaluates at alpha = 0.* '{prediction}' network"):
         jd.sample(jd.Denoiser(never, prediction), tableau, X)
-    zero = jd.solvers.ddpm(jd.grids.trailing(jd.processes.zero_terminal_snr(jd.processes.ddpm()), 2))
+    rescaled = jd.processes.zero_terminal_snr(jd.processes.ddpm())
+    tableau = jd.solvers.ddpm(jd.grids.trailing(rescaled, 2))
     with pytest.raises(ValueError, match="row 0 evaluates at alpha = 0"):
-        jd.sample(jd.Denoiser(never, prediction), zero, X, KEY)
-
-
-@pytest.mark.parametrize("name", ["unipcc", "dpmpp", "edmm"])
-def test_an_unknown_solver_is_named_with_its_neighbours(name):
-    nearest = {"unipcc": "unipc", "dpmpp": "dpmpp_2m", "edmm": "edm"}[name]
-    with pytest.raises(ValueError, match=f"unknown solver '{name}'; did you mean .*{nearest}.*choose"):
-        jd.solvers.build(name, GRID)
-
-
-def test_an_unknown_option_is_named():
-    with pytest.raises(ValueError, match="'unipc' has no option 'ordr'; it takes .*'order'"):
-        jd.solvers.build("unipc", GRID, ordr=3)
+        jd.sample(jd.Denoiser(never, prediction), tableau, X, KEY)

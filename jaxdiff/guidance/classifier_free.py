@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import to_batch
-from jaxdiff.denoisers import Denoiser, wrap
+from jaxdiff.denoisers import Denoiser, check_single, wrap
 
 
 def classifier_free(denoiser: Denoiser, scale: ArrayLike, null_cond: Any) -> Denoiser:
@@ -25,8 +25,7 @@ def classifier_free(denoiser: Denoiser, scale: ArrayLike, null_cond: Any) -> Den
 
     Raises ValueError when sampling without `cond`, or for a denoiser of several predictions.
     """
-    if not isinstance(denoiser.prediction, str):
-        raise ValueError(f"guidance takes one prediction, got {denoiser.prediction}")
+    check_single(denoiser, "guidance")
     strengths = (jnp.asarray(scale, jnp.result_type(float)), jax.tree.map(jnp.asarray, null_cond))
     return wrap(_Guided(), denoiser, strengths, denoiser.prediction, cost=2 * denoiser.cost)
 

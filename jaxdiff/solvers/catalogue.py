@@ -14,19 +14,24 @@ from jaxdiff.solvers.unipc import unipc
 
 
 class Setting(NamedTuple):
-    """One named choice of a builder's options, with the order it converges at asymptotically (with
-    sigma > 0 at the end; weak order if stochastic)."""
+    """One named choice of a builder's options.
+
+    `order`: what it converges at asymptotically, with sigma > 0 at the end (weak order if it draws
+    noise). `integrand` and `ends` where they are not the entry's own.
+    """
 
     options: Mapping[str, Any]
     order: float
     deterministic: bool = True
+    integrand: str | None = None
+    ends: tuple[bool, bool] | None = None
 
 
 class Entry(NamedTuple):
     """A solver: its builder, its settings (the first is the default), and where it comes from.
 
-    `ends`: (alpha = 0 at the noise end supported, sigma = 0 at the data end supported).
-    `aliases`: other names, each of a setting.
+    `integrand`: the prediction the solver works in. `ends`: (alpha = 0 at the noise end supported,
+    sigma = 0 at the data end supported). `aliases`: other names, each of a setting.
     """
 
     name: str
@@ -47,6 +52,14 @@ class Entry(NamedTuple):
     def deterministic(self) -> bool:
         """Whether the default setting draws no noise."""
         return next(iter(self.settings.values())).deterministic
+
+    def ends_of(self, setting: Setting) -> tuple[bool, bool]:
+        """The ends that a setting supports."""
+        return self.ends if setting.ends is None else setting.ends
+
+    def integrand_of(self, setting: Setting) -> str:
+        """The prediction that a setting works in."""
+        return setting.integrand or self.integrand
 
 
 _DPMPP = "Lu et al. 2022, DPM-Solver++, arXiv:2211.01095"
@@ -77,7 +90,11 @@ _ENTRIES = (
     ),
     Entry(
         "heun", heun,
-        {"heun": Setting({}, 2), "heun_churn": Setting({"s_churn": 10.0}, 1, False)},
+        {
+            "heun": Setting({}, 2),
+            "heun_churn": Setting({"s_churn": 10.0}, 1, False),
+            "heun_flow": Setting({"clock": "flow"}, 2, True, "flow", (True, True)),
+        },
         2, "eps", (False, True), _EDM, {"edm": "heun"},
     ),
     Entry(
@@ -103,7 +120,9 @@ _ENTRIES = (
             "unipc_3": Setting({"order": 3}, 3),
             "unipc_2_bh1": Setting({"order": 2, "variant": "bh1"}, 3),
             "unipc_3_bh1": Setting({"order": 3, "variant": "bh1"}, 3),
-            "unipc_2_eps": Setting({"order": 2, "integrand": "eps"}, 3),
+            "unipc_2_eps": Setting(
+                {"order": 2, "integrand": "eps"}, 3, True, "eps", (False, True)
+            ),
             "unip_2": Setting({"order": 2, "corrector": False}, 2),
         },
         1, "x0", (True, True), "Zhao et al. 2023, UniPC, arXiv:2302.04867",
@@ -153,14 +172,14 @@ def markdown_table() -> str:
     for entry in _ENTRIES:
         path = entry.build.__module__.replace(".", "/") + ".py"
         for name, setting in entry.settings.items():
-            eps = setting.options.get("integrand", entry.integrand) == "eps"
+            from_noise, to_data = entry.ends_of(setting)
             cells = (
                 f"`{name}`",
                 f"{setting.order:g}" + ("" if setting.deterministic else " (weak)"),
                 str(entry.nfe_per_step),
                 "no" if setting.deterministic else "yes",
-                "yes" if entry.ends[0] and not eps else "no",
-                "yes" if entry.ends[1] else "no",
+                "yes" if from_noise else "no",
+                "yes" if to_data else "no",
                 entry.paper,
                 f"[{path.rsplit('/', 1)[1]}]({path})",
             )

@@ -100,7 +100,9 @@ class Tableau:
 
     @property
     def draws(self) -> int:
-        """Number of noise draws that `sample(noise=array)` takes."""
+        """Number of noise draws that `sample(noise=array)` takes; known on the host only."""
+        if not is_concrete(self.draw):
+            raise ValueError("the draws of a traced tableau are not known: count them outside")
         noisy = np.zeros(self.rows, bool)
         if self.C is not None:
             seen = np.asarray(self.C) if is_concrete(self.C) else np.ones(self.rows)
