@@ -14,9 +14,10 @@ import machine
 import numpy as np
 
 import jaxdiff as jd
-from jaxdiff.config import load
+from jaxdiff.config import complete, load
 from jaxdiff.experiment import make_experiment, make_source
 from jaxdiff.predictions import PREDICTIONS
+from jaxdiff.settings import SECTIONS
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
 compiled = []
@@ -107,8 +108,9 @@ def against_scan(rounds=60):
 
 def against_network(config="configs/digits.py", rounds=60):
     """Eager sample over (rows x one call of the jitted network): the digits DiT, batch 64."""
-    config = load(config)
-    experiment = make_experiment(config, make_source(config))
+    config = complete(load(config, SECTIONS), SECTIONS)
+    source = make_source(config)
+    experiment = make_experiment(config, source.shape, source.num_classes)
     denoiser = experiment.denoiser(experiment.init(jax.random.key(0)))
     x = experiment.process.prior(jax.random.key(1), (64, *experiment.shape))
     cond = jnp.arange(64) % 10
