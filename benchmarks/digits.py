@@ -3,8 +3,9 @@
     jaxdiff train --config configs/digits.py --workdir runs/digits
     python benchmarks/digits.py runs/digits          # about 6 minutes; writes results/digits.json
 
-For each of three seeds, 5,000 samples from one x_T by every sampler: the Frechet distance of digit-classifier
-features to all 1,797 real digits. Beside it the distance that 5,000 fresh real digits would have.
+For each of three seeds, 5,000 samples from one x_T by every sampler: the Frechet distance of
+digit-classifier features to all 1,797 real digits. Beside it the distance that 5,000 fresh real
+digits would have.
 """
 
 import argparse

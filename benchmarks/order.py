@@ -1,10 +1,10 @@
 """Error against evaluations for every deterministic solver: the fitted orders, and a picture.
 
-    python benchmarks/order.py          # under a minute; writes results/order.json and results/order.png
+    python benchmarks/order.py          # under a minute; writes results/order.json, results/order.png
 
-The protocol of tests/solvers/test_order.py: float64, a mixture of broad components, exact end points, the median
-error of 64 samples, 80 to 640 steps, on the inner span t = 0.6 to 0.05, where a low-order start shows, and the
-whole span from t = 1 to 0.01.
+The protocol of tests/solvers/test_order.py: float64, a mixture of broad components, exact end
+points, the median error of 64 samples, 80 to 640 steps, on the whole span from t = 1 to 0.01 and on
+the inner one from 0.6 to 0.05, where a low-order start shows.
 """
 
 import sys

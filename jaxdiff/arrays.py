@@ -32,3 +32,12 @@ def to_batch(coefficient: Any, x: Any) -> Any:
     if len(shape) != 1:
         return coefficient
     return coefficient.reshape(shape + (1,) * (np.ndim(x) - 1))
+
+
+def as_array(leaf: Any) -> Any:
+    """Numbers and NumPy arrays as JAX arrays; anything else, flags included, unchanged.
+
+    A Python number would be part of the program: as an array, a new guidance scale is new data.
+    """
+    number = isinstance(leaf, (int, float, np.ndarray, np.generic)) and not isinstance(leaf, bool)
+    return jnp.asarray(leaf) if number else leaf

@@ -98,6 +98,7 @@ class _Args(NamedTuple):
     control_key: Any
     control: Any
     times: Any  # (t, alpha, sigma) of every row in the network's float type
+    structure: int  # see `integrate`
 
 
 class _Y(NamedTuple):
@@ -127,7 +128,7 @@ def _evaluate(args: _Args, levels: Any, x: Any, memory: Any) -> tuple[tuple[Any,
     """(outputs in the state's dtype, the denoiser's own output, new memory)."""
     out, memory = args.denoiser.evaluate(x, *levels, args.cond, memory)
     outs = (out,) if isinstance(args.denoiser.prediction, str) else tuple(out)
-    return tuple(_like(x, o) for o in outs), out, memory
+    return tuple(like(x, o) for o in outs), out, memory
 
 
 class _TableauSolver(diffrax.AbstractSolver):
@@ -151,7 +152,7 @@ class _TableauSolver(diffrax.AbstractSolver):
         info = RowInfo(r, *(_at(a, r) for a in args.times), table.active[r])
         if control is not None:
             x, aux = control.before(aux, info, registers[0], _control_key(args, r, 0))
-            registers = (_like(registers[0], x, "control.before"), *registers[1:])
+            registers = (like(registers[0], x, "control.before"), *registers[1:])
         x = registers[0]
         outs, out, memory = _evaluate(args, info[1:4], x, memory)
         integrands = tuple(
@@ -229,7 +230,7 @@ def _shift(tree: Any, d: Any) -> Any:
     )
 
 
-def _like(x: Any, out: Any, what: str = "the denoiser's output") -> Any:
+def like(x: Any, out: Any, what: str = "the denoiser's output") -> Any:
     """`out` in x's dtypes; ValueError unless structure and shapes are x's."""
     if jax.tree.structure(out) != jax.tree.structure(x):
         raise ValueError(
@@ -295,7 +296,15 @@ _SAVE_AT = {save: _save_at(save) for save in SAVES}
 
 
 @eqx.filter_jit
-def integrate(denoiser, table, x, key, noise, cond, save, adjoint, control, state, meter):
+def integrate(
+    denoiser, table, x, key, noise, cond, save, adjoint, control, state, meter, structure
+):
+    """Run a table; arguments as `jaxdiff.sample` checks and prepares them.
+
+    `structure` is the hash of the arguments' tree structure. jaxlib 0.10 calls the structures of two
+    dataclasses with the same fields equal, and would run the program of one for the other; their
+    hashes differ.
+    """
     batch = jax.tree.leaves(x if state is None else state.registers)[0].shape[0]
     wide = jnp.result_type(*jax.tree.leaves(x if state is None else state.registers[0]))
     columns = [PREDICTIONS.index(p) for p in denoiser.predictions]
@@ -324,7 +333,7 @@ def integrate(denoiser, table, x, key, noise, cond, save, adjoint, control, stat
         d=cast(table.d), u=pick(cast(table.u)), w=pick(cast(table.w)), active=cast(table.active),
         draw=jnp.asarray(table.draw), clock=cast(table.clock), start=cast(table.start),
     )  # fmt: skip
-    args = _Args(denoiser, run, cond, keys, noise, control_key, control, times)
+    args = _Args(denoiser, run, cond, keys, noise, control_key, control, times, structure)
     if state is None:
         registers = _start(args, x)
         history_0 = ()

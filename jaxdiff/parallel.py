@@ -25,9 +25,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxdiff.arrays import as_array
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.noise import BrownianPath, per_sample
-from jaxdiff.sampling import _as_array, _check
+from jaxdiff.sampling import check_call
 from jaxdiff.solvers.tableau import Tableau
 
 # Which axis of what `sample` returns is the batch.
@@ -48,7 +49,8 @@ def mesh(**axes: int) -> Mesh:
         sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or int(np.prod(sizes)) != count:
         raise ValueError(
-            f"the mesh axes {axes} must be positive (one may be -1) and multiply to the {count} devices"
+            f"the mesh axes {axes} must be positive (one may be -1) and multiply to the {count} "
+            "devices"
         )
     return jax.make_mesh(tuple(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
@@ -65,11 +67,11 @@ def sharded(sample: Callable, mesh: Mesh, axis: str | tuple[str, ...] = "data") 
 
         (denoiser, tableau, x_T, key=None, noise=None, cond=None, save="final", adjoint=None)
 
-    that returns what `sample` returns, still split over `axis`. x_T is split, and with it per-sample
-    keys, noise, the keys of a `BrownianPath`, and every leaf of `cond` whose first axis is the
-    batch; the rest is copied to every device. A single key is first made into one key per sample by
-    the sample's index in the whole batch, so the numbers are those of `sample` on one device:
-    noise bit for bit, results to rounding. Gradients and vmap work from outside; a denoiser's
+    that returns what `sample` returns, still split over `axis`. x_T is split, and with it the keys,
+    noise, and every leaf of `cond` whose first axis is the batch; the rest is copied to every
+    device. A single key is first made into one key per sample by the sample's index in the whole
+    batch, so the numbers are those of `sample` on one device: noise bit for bit, results to
+    rounding. Gradients and vmap work from outside; a denoiser's
     parameters get the sum over devices. The default adjoint is `diffrax.DirectAdjoint()`, because
     diffrax's default cannot be differentiated under shard_map.
 
@@ -101,9 +103,9 @@ class _Sharded:
         if other:
             raise TypeError(f"a sharded sampler takes no {', '.join(other)}: {jit}")
         denoiser, x_T, noise, cond = (
-            jax.tree.map(_as_array, tree) for tree in (denoiser, x_T, noise, cond)
+            jax.tree.map(as_array, tree) for tree in (denoiser, x_T, noise, cond)
         )
-        _check(denoiser, tableau, x_T, key, noise, save, adjoint, None)
+        check_call(denoiser, tableau, x_T, key, noise, save, adjoint, None)
         if save not in _BATCH_AXIS or denoiser.memory is not None:
             what = "a denoiser with memory" if save in _BATCH_AXIS else f"save={save!r}"
             raise ValueError(f"a sharded sampler takes no {what}: {jit}")
@@ -114,7 +116,7 @@ class _Sharded:
                 f"a batch of {batch} does not split over the {devices} devices of the mesh axes "
                 f"{self.axes}: use a multiple of {devices}"
             )
-        tableau = jax.tree.map(_as_array, tableau)
+        tableau = jax.tree.map(as_array, tableau)
         adjoint = diffrax.DirectAdjoint() if adjoint is None else adjoint
         return _run(self, (denoiser, tableau, x_T, key, noise, cond), batch, save, adjoint)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.arrays import is_concrete
+from jaxdiff.arrays import as_array, is_concrete
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.integrator import SAVES, State, integrate
 from jaxdiff.noise import BrownianPath, is_key_batch
@@ -39,8 +39,8 @@ def sample(
       save: "final" (the last s_0); "trajectory" (the network's inputs and the result, [rows + 1,
         ...]); "nodes" (the solution at the grid's nodes, [n + 1, ...]); "x0" (the denoised x_0 of
         every row, [rows, ...]); "state" (a `State`, for `state=`).
-      adjoint: `diffrax.RecursiveCheckpointAdjoint()` (default), `DirectAdjoint` (needed inside
-        shard_map and pmap when differentiating) or `ForwardMode` (for jvp).
+      adjoint: `diffrax.RecursiveCheckpointAdjoint()` (the default; inside shard_map and pmap
+        `DirectAdjoint`, the only one that can be differentiated there) or `ForwardMode` (for jvp).
       control: see `jaxdiff.Control`.
       state: continue from a `State`; x_T is then None and the tableau's start is skipped.
       progress_meter: for example `diffrax.TqdmProgressMeter()`.
@@ -51,26 +51,25 @@ def sample(
     ValueError, on the first trace, for an output whose shape is not the state's.
     """
     x_T, noise, cond, state, denoiser = (
-        jax.tree.map(_as_array, tree) for tree in (x_T, noise, cond, state, denoiser)
+        jax.tree.map(as_array, tree) for tree in (x_T, noise, cond, state, denoiser)
     )
-    _check(denoiser, tableau, x_T, key, noise, save, adjoint, state)
+    check_call(denoiser, tableau, x_T, key, noise, save, adjoint, state)
     if state is None:
         x_T = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x_T)
-    tableau = jax.tree.map(_as_array, tableau)
-    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+    tableau = jax.tree.map(as_array, tableau)
+    if adjoint is None:
+        # diffrax's default cannot be differentiated inside shard_map and pmap.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        adjoint = diffrax.DirectAdjoint() if manual else diffrax.RecursiveCheckpointAdjoint()
     meter = diffrax.NoProgressMeter() if progress_meter is None else progress_meter
+    structure = hash(jax.tree.structure((denoiser, noise, cond, control)))
     return integrate(
-        denoiser, tableau, x_T, key, noise, cond, save, adjoint, control, state, meter
+        denoiser, tableau, x_T, key, noise, cond, save, adjoint, control, state, meter, structure
     )
 
 
-def _as_array(leaf: Any) -> Any:
-    # Python numbers become arrays, so that a new guidance scale is new data and not a new program.
-    number = isinstance(leaf, (int, float, np.ndarray, np.generic)) and not isinstance(leaf, bool)
-    return jnp.asarray(leaf) if number else leaf
-
-
-def _check(denoiser, tableau, x, key, noise, save, adjoint, state) -> None:
+def check_call(denoiser, tableau, x, key, noise, save, adjoint, state) -> None:
+    """Raise what `sample` raises for these arguments, before anything is traced."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"expected a jaxdiff.Denoiser, got {type(denoiser).__name__}")
     if not isinstance(tableau, Tableau):

@@ -379,3 +379,23 @@ def test_a_saved_state_can_be_differentiated(x64):
     direction, h = rng.normal(size=x.shape), 1e-5
     slope = (total(x + h * direction) - total(x - h * direction)) / (2 * h)
     np.testing.assert_allclose(jnp.vdot(jax.grad(total)(jnp.asarray(x)), direction), slope, rtol=1e-7)
+
+
+def shifted_by(amount):
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Shift(jd.Control):
+        def before(self, aux, row, x, key):
+            return x + amount, aux
+
+    return Shift()
+
+
+def test_two_controls_with_the_same_fields_are_not_confused():
+    """jaxlib 0.10 calls the tree structures of two such classes equal."""
+    tableau = jd.solvers.ddim(jd.grids.half_log_snr(jd.processes.vp_linear(), 3))
+    run = functools.partial(jd.sample, jd.Denoiser(network, "eps", PARAMS), tableau)
+    x = jnp.ones((BATCH, DIM))
+    ends = [run(x, control=shifted_by(amount)) for amount in (0.0, 5.0)]
+    np.testing.assert_allclose(ends[0], run(x), rtol=1e-6)
+    assert np.abs(ends[1] - ends[0]).max() > 1

@@ -4,12 +4,12 @@ The probability flow  dx/dt = f x - g^2 score / 2  (Song et al., "Score-Based Ge
 through SDEs", 2021, equation 13) carries the marginals of the process without noise. Two forms of
 it, each a change of variables in which the process's own scale is gone:
 
-    "rho"      y = x / alpha,  rho = sigma / alpha = exp(-lambda):   dy/drho    = eps(x, t)
-    "lambda"   x itself,       lambda = log(alpha / sigma):          dx/dlambda = c x - sigma eps(x, t)
+    "rho"     y = x / alpha,  rho = sigma / alpha = exp(-lambda):  dy/drho = eps(x, t)
+    "lambda"  x itself,  lambda = log(alpha / sigma):  dx/dlambda = c x - sigma eps(x, t)
 
-with c = d log(alpha) / d lambda = -2 sigma^2 f / g^2. The rho form (Song, Meng & Ermon, "DDIM", 2021,
-equation 14) has no linear drift left; the lambda form keeps the state at the data's scale, and for
-a variance-preserving process is dx/dlambda = -alpha sigma v, which fades out at both ends.
+with c = d log(alpha) / d lambda = -2 sigma^2 f / g^2. The rho form (Song, Meng & Ermon, "DDIM",
+2021, equation 14) has no linear drift left; the lambda form keeps the state at the data's scale,
+and for a variance-preserving process is dx/dlambda = -alpha sigma v, which fades out at both ends.
 
 `sample` and `encode` solve either with any diffrax ODE solver, controller and adjoint. For events,
 dense output and SDE solvers give the terms to `diffrax.diffeqsolve` yourself: `probability_flow` or

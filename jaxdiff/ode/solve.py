@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
-from jaxdiff.arrays import is_concrete, namespace
+from jaxdiff.arrays import as_array, is_concrete, namespace
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.ode.counting import Counted, evaluations
 from jaxdiff.ode.terms import Problem, check_form, clock, probability_flow
 from jaxdiff.processes import Process
-from jaxdiff.sampling import _as_array
 
 # The first step in lambda, where none is given: small against the span, and nearly always accepted.
 _FIRST_STEP = 0.1
@@ -95,7 +94,8 @@ def solve(
       x: the state at t_start, an array or a pytree, leaves [batch, ...].
       t_start, t_end: where lambda is finite.
       cond: passed to the denoiser as it is.
-      form: "rho" or "lambda"; see this module. The tolerance is for the form's own state.
+      form: "lambda" or "rho"; see `jaxdiff.ode`. The tolerance is for the form's own state. On
+        mixtures, at the default tolerance, lambda takes about half of rho's evaluations.
       solver: a diffrax ODE solver; default `diffrax.Tsit5()`.
       stepsize_controller: default `diffrax.PIDController(rtol=1e-5, atol=1e-5, norm=sample_norm)`,
         the tolerances of Song et al. (2021). New tolerances compile nothing.
@@ -136,7 +136,7 @@ def solve(
         lambda a: jnp.asarray(a, wide) if eqx.is_inexact_array_like(a) else a,
         (clocks, alphas, dt0, stepsize_controller),
     )
-    args = jax.tree.map(_as_array, Problem(denoiser, process, cond))
+    args = jax.tree.map(as_array, Problem(denoiser, process, cond))
     return _solve(
         args, x, clocks, alphas, dt0, save_at is not None, probability_flow(form), solver,
         stepsize_controller, max_steps, adjoint, meter,
@@ -240,7 +240,8 @@ def _check_times(process: Process, times: Any) -> None:
     for scale, name, fix in ((alpha, "alpha", "smaller t_max"), (sigma, "sigma", "larger t_min")):
         if np.any(scale == 0):
             raise ValueError(
-                f"{name} = 0 at t = {times[scale == 0][0]:g}, where lambda is infinite: pass a {fix}"
+                f"{name} = 0 at t = {times[scale == 0][0]:g}, where lambda is infinite: pass a "
+                f"{fix}"
             )
     steps = np.diff(times) * np.sign(times[-1] - times[0])
     if np.any(steps[1:-1] <= 0) or steps[0] < 0 or steps[-1] < 0 or times[0] == times[-1]:

@@ -14,7 +14,7 @@ from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import namespace
 from jaxdiff.denoisers import Denoiser
-from jaxdiff.integrator import _like
+from jaxdiff.integrator import like
 from jaxdiff.noise import per_sample
 from jaxdiff.predictions import affine
 from jaxdiff.processes import Process
@@ -118,7 +118,7 @@ def _eps(level, x, args):
     """(o, u, w) with eps = u o + w x."""
     denoiser = args.denoiser
     return (
-        _like(x, denoiser(x, *level, args.cond)),
+        like(x, denoiser(x, *level, args.cond)),
         *affine(denoiser.prediction, "eps", *level[1:]),
     )
 

@@ -36,8 +36,8 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 def register(cls: type) -> type:
     """Make `cls` a frozen keyword dataclass and a pytree.
 
-    Not by `jax.tree_util.register_dataclass`: there the tree structures of two classes with the same
-    fields compare equal (jaxlib 0.10), and a program compiled for one process would run another.
+    Not by `jax.tree_util.register_dataclass`: there the tree structures of two classes with the
+    same fields compare equal (jaxlib 0.10), and a program compiled for one would run for the other.
     """
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     fields = dataclasses.fields(cls)

@@ -49,7 +49,7 @@ def short_runs():
                 grid = jd.grids.half_log_snr(PROCESS, steps, end=end)
                 for name in SETTINGS:
                     cases[name, steps, end] = build(name, grid)
-        x = jnp.asarray(BROAD.sample(np.random.default_rng(0), 4, PROCESS.alpha(1.0), PROCESS.sigma(1.0)))
+        x = jnp.asarray(start(np.random.default_rng(0), 4, jd.grids.uniform(PROCESS, 1)))
         out = stacked_run(list(cases.values()), x, jax.random.key(0))
         return x, dict(zip(cases, zip(cases.values(), np.asarray(out))))
 
