@@ -130,3 +130,11 @@ def times(process, count=201):
     near = np.geomspace(1e-6, 0.1, 20, endpoint=False)
     u = np.concatenate([near, np.linspace(0.1, 0.9, count), 1 - near[::-1]])
     return process.t_min + u * (process.t_max - process.t_min)
+
+
+# A span of each kind, without the ends where lambda is infinite.
+SPANS = {
+    "vp": processes.vp_linear(), "sub_vp": processes.sub_vp(), "cosine": processes.vp_cosine(),
+    "ve": processes.ve(), "edm": processes.edm(), "ddpm": processes.ddpm(),
+    "flow": processes.flow(t_min=0.01, t_max=0.98),
+}  # fmt: skip

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.interpolate import PchipInterpolator
 from schedules import SPANS
+from scipy.interpolate import PchipInterpolator
 
 from jaxdiff import grids, processes
 from jaxdiff.interpolation import pchip

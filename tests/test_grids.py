@@ -1,13 +1,10 @@
-"""Grids against the published spacings, SciPy's interpolation, and finite differences."""
+"""Grids against the published spacings, and what they refuse."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.interpolate import PchipInterpolator
+from schedules import SPANS
 
 from jaxdiff import grids, processes
-from jaxdiff.interpolation import pchip
 
 pytestmark = pytest.mark.filterwarnings("error:.*:RuntimeWarning")
 
@@ -15,12 +12,7 @@ VP = processes.vp_linear()
 EDM = processes.edm()
 FLOW = processes.flow()
 DDPM = processes.ddpm()
-INNER_FLOW = processes.flow(t_min=0.01, t_max=0.98)
-PROCESSES = {
-    "vp": VP, "sub_vp": processes.sub_vp(), "cosine": processes.vp_cosine(), "ve": processes.ve(),
-    "edm": EDM, "flow": INNER_FLOW, "ddpm": DDPM,
-}  # fmt: skip
-every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+every_process = pytest.mark.parametrize("process", SPANS.values(), ids=SPANS)
 few_steps = pytest.mark.parametrize("steps", [1, 2, 3, 10])
 
 
