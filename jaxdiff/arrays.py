@@ -34,10 +34,22 @@ def to_batch(coefficient: Any, x: Any) -> Any:
     return coefficient.reshape(shape + (1,) * (np.ndim(x) - 1))
 
 
+def structure_hash(*trees: Any) -> int:
+    """A hash of the structure of pytrees, to pass along as a static argument.
+
+    jaxlib 0.10 calls the structures of two registered dataclasses with the same fields equal, so a
+    jitted function would run the program of one class for the other. Their hashes differ.
+    """
+    return hash(jax.tree.structure(trees))
+
+
 def as_array(leaf: Any) -> Any:
     """Numbers and NumPy arrays as JAX arrays; anything else, flags included, unchanged.
 
     A Python number would be part of the program: as an array, a new guidance scale is new data.
     """
-    number = isinstance(leaf, (int, float, np.ndarray, np.generic)) and not isinstance(leaf, bool)
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        # Named, because jax 0.10.2 may keep float64 with x64 off once it was on in the process.
+        return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    number = isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
     return jnp.asarray(leaf) if number else leaf

@@ -221,8 +221,9 @@ def precondition(
 
     the choice that gives F unit-variance inputs and targets and the least error amplification;
     alpha = 1 is Karras et al. (2022), table 1 and appendix B.6. `time(t, alpha, sigma)` replaces
-    c_noise, which is infinite at alpha = 0 and at sigma = 0. fn is called as `fn([params,] c_in x,
-    c_noise[, cond])`. Raises ValueError unless sigma_data > 0.
+    c_noise, which is infinite at alpha = 0 and at sigma = 0: most networks return NaN there, so a
+    grid from alpha = 0 needs a `time` that is finite (`t` itself, say). fn is called as
+    `fn([params,] c_in x, c_noise[, cond])`. Raises ValueError unless sigma_data > 0.
     """
     if is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
         raise ValueError(f"sigma_data must be positive, got {sigma_data!r}")

@@ -16,7 +16,8 @@ from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import is_concrete, namespace
 from jaxdiff.interpolation import pchip
-from jaxdiff.processes import DDPM, Process, ZeroTerminalSNR
+from jaxdiff.processes import Process
+from jaxdiff.processes.discrete import check_half_log_snr, check_times, is_discrete
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +79,10 @@ class Grid:
         PchipInterpolator), and alpha, sigma follow from alpha / sigma = exp(lambda) with whichever
         of alpha, alpha + sigma, alpha^2 + sigma^2 is constant over the nodes (else, or if the nodes
         are traced, log(alpha^2 + sigma^2) is interpolated too). Raises ValueError for a `lam`
-        outside a grid from arrays.
+        outside a grid from arrays, or one that a discrete process does not reach.
         """
         if self._process is not None:
+            check_half_log_snr(self._process, lam)
             t = self._process.time(lam)
             return t, self._process.alpha(t), self._process.sigma(t)
         return _interpolate(self, lam)
@@ -134,8 +136,9 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
             raise ValueError(f"t, alpha and sigma must be finite, got {at} at node {bad[0]}")
         noise, data = (-1, 0) if backward else (0, -1)
         ends = (bool(nodes[1][noise] == 0), bool(nodes[2][data] == 0))
-        if namespace(t, alpha, sigma) is np:
-            t, alpha, sigma = nodes
+        # Numbers live on the host, in float64, also where they came as JAX arrays.
+        t, alpha, sigma = nodes
+        process = _on_host(process)
     grid = Grid(t, alpha, sigma, process, ends, backward)
     if is_concrete(t, alpha, sigma):
         inner_alpha, inner_sigma = np.delete(nodes[1], noise), np.delete(nodes[2], data)
@@ -153,6 +156,12 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
                 f"nodes {i} and {i + 1} have {lam[i]:.6g} and {lam[i + 1]:.6g}"
             )
     return grid
+
+
+def _on_host(tree: Any) -> Any:
+    """JAX arrays with known values as float64 NumPy arrays; tracers and the rest unchanged."""
+    known = lambda a: isinstance(a, jax.Array) and is_concrete(a)  # noqa: E731
+    return jax.tree.map(lambda a: np.asarray(a, np.float64) if known(a) else a, tree)
 
 
 def _interpolate(grid: Grid, lam: ArrayLike) -> tuple[Any, Any, Any]:
@@ -204,15 +213,20 @@ def from_times(
 
     `end="zero"` appends a last node with sigma = 0, alpha = 1: a final step to the data itself.
     Times may be traced, to differentiate with respect to them; then `ends` says whether alpha is 0
-    at the first node and sigma is 0 at the last, by default as if t ran from the process's t_max to
-    its t_min. Raises TypeError or ValueError for anything but a process and valid, ordered times.
+    at the first node and sigma is 0 at the last. By default they are not (but for `end="zero"`):
+    give `ends=(True, True)` for traced times that reach both, or solvers see infinite half-log-SNRs
+    inside the grid. Raises TypeError or ValueError for anything but a process and valid, ordered
+    times, in [0, num_steps - 1] if the process is discrete.
     """
     _check_end(end)
     _check_process(process)
+    process, t = _on_host((process, t))
     xp = namespace(t, process)
     t = xp.asarray(t)
     if t.ndim != 1 or t.shape[0] < (2 if end == "t_min" else 1):
         raise ValueError(f"times must be a vector of at least 2 nodes, got shape {t.shape}")
+    check_times(process, t)
+    ends = _span_ends(process, t[0], t[-1], end) if ends is None else tuple(ends)
     alpha, sigma = process.alpha(t), process.sigma(t)
     last = process.t_min if process.data_time is None else process.data_time
     if end == "zero":
@@ -220,7 +234,6 @@ def from_times(
             xp.concatenate([a, xp.full((1,), b, dtype=a.dtype)])
             for a, b in ((t * 1.0, last), (alpha, 1.0), (sigma, 0.0))
         )
-    ends = _span_ends(process, process.t_max, process.t_min, end) if ends is None else tuple(ends)
     return _grid(t, alpha, sigma, process, ends)
 
 
@@ -242,19 +255,20 @@ def _check_process(process: Any) -> None:
         raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
 
 
-def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, Any, Any]:
-    """Ends of the span, and fractions 0..1 of its nodes."""
+def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, ...]:
+    """The process and the span's ends, on the host where known; fractions 0..1 of the nodes."""
     _check_end(end)
     _check_process(process)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
     t_max = process.t_max if t_max is None else t_max
     t_min = process.t_min if t_min is None else t_min
+    process, t_max, t_min = _on_host((process, t_max, t_min))
     if is_concrete(t_max, t_min) and not t_max > t_min:
         raise ValueError(f"need t_max > t_min, got {t_max!r} and {t_min!r}")
     # With a separate last node at sigma = 0 the span carries one node less.
     nodes = steps if end == "zero" else steps + 1
-    return t_max, t_min, np.linspace(0.0, 1.0, nodes)
+    return process, t_max, t_min, np.linspace(0.0, 1.0, nodes)
 
 
 def uniform(
@@ -269,9 +283,10 @@ def power(
     t_max: Any = None, t_min: Any = None, end: str = "t_min",
 ) -> Grid:  # fmt: skip
     """Nodes uniform in t^(1 / exponent)."""
-    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
     if is_concrete(exponent) and not exponent > 0:
         raise ValueError(f"the exponent must be positive, got {exponent!r}")
+    exponent = _on_host(exponent)
     inverse = 1.0 / exponent
     t = (t_max**inverse + u * (t_min**inverse - t_max**inverse)) ** exponent
     return _from_span(process, t, t_max, t_min, end)
@@ -288,7 +303,7 @@ def half_log_snr(
     process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
 ) -> Grid:
     """Nodes uniform in lambda (DPM-Solver's default spacing; Lu et al. 2022)."""
-    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
     first, last = _finite_lam(process, t_max, t_min)
     t = process.time(first + u * (last - first))
     return _from_span(process, t, t_max, t_min, end)
@@ -299,10 +314,11 @@ def karras(
     t_max: Any = None, t_min: Any = None, end: str = "t_min",
 ) -> Grid:  # fmt: skip
     """Nodes uniform in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5)."""
-    t_max, t_min, u = _span(process, steps, t_max, t_min, end)
+    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
     first, last = _finite_lam(process, t_max, t_min)
     if is_concrete(rho) and not rho > 0:
         raise ValueError(f"rho must be positive, got {rho!r}")
+    rho = _on_host(rho)
     xp = namespace(first, last, rho)
     a, b = xp.exp(-first / rho), xp.exp(-last / rho)
     t = process.time(-rho * xp.log(a + u * (b - a)))
@@ -331,10 +347,7 @@ def _finite_lam(process: Process, t_max: Any, t_min: Any) -> tuple[Any, Any]:
 def _num_timesteps(process: Process, steps: Any, end: str) -> int:
     """How many timesteps a discrete process has; raises unless `steps` of them can be chosen."""
     _span(process, steps, None, None, end)
-    base = process
-    while isinstance(base, ZeroTerminalSNR):
-        base = base.base
-    if not isinstance(base, DDPM):
+    if not is_discrete(process):
         raise TypeError(
             "leading, linspace and trailing spacings need a discrete process (jaxdiff.processes."
             f"ddpm, or its zero_terminal_snr), got {type(process).__name__}"

@@ -58,21 +58,30 @@ class State(NamedTuple):
     """A whole carry, out of `sample(save="state")` and into `sample(state=...)`.
 
     `registers` as in `Carry`; `history`: one tree an output, leaves [K, batch, ...], newest first;
-    `memory` of the denoiser; `aux` of the control.
+    `memory` of the denoiser; `aux` of the control; `draws` made so far, so that a continued run with
+    the same key goes on with fresh noise.
     """
 
     registers: tuple[Any, ...]
     history: tuple[Any, ...]
     memory: Any = None
     aux: Any = None
+    draws: Any = 0
 
 
 class Control:
     """Base for what happens between rows; override any of the three, all are optional.
 
     A control is passed as `sample(control=...)`; make it a pytree (say, a registered dataclass) if it
-    holds arrays. Keys are None if `sample` got no key.
+    holds arrays. Two without arrays are equal, and share a program, if they are of one class and
+    have equal attributes. Keys are None if `sample` got no key.
     """
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def init(self, x: Any) -> Any:
         """The control's own carried state, from the first s_0."""
@@ -266,7 +275,9 @@ def _noise(args: _Args, r: Any, draw: Any, x: Any) -> Any:
     if isinstance(args.noise, BrownianPath):
         return args.noise.draw(args.table.clock[r], x)
     if args.noise is not None:
-        return jax.tree.map(lambda n, a: n[draw].astype(a.dtype), args.noise, x)
+        # A draw that is not there is NaN, not the last one again.
+        take = lambda n: n.at[draw].get(mode="fill", fill_value=jnp.nan)  # noqa: E731
+        return jax.tree.map(lambda n, a: take(n).astype(a.dtype), args.noise, x)
     return normal(args.keys, x, draw)
 
 
@@ -301,9 +312,7 @@ def integrate(
 ):
     """Run a table; arguments as `jaxdiff.sample` checks and prepares them.
 
-    `structure` is the hash of the arguments' tree structure. jaxlib 0.10 calls the structures of two
-    dataclasses with the same fields equal, and would run the program of one for the other; their
-    hashes differ.
+    `structure` is their `jaxdiff.arrays.structure_hash`; it also goes to diffrax's own jit.
     """
     batch = jax.tree.leaves(x if state is None else state.registers)[0].shape[0]
     wide = jnp.result_type(*jax.tree.leaves(x if state is None else state.registers[0]))
@@ -328,10 +337,13 @@ def integrate(
     if key is not None and control is not None:
         fold = lambda k: jax.random.fold_in(k, np.uint32(2**32 - 1))  # noqa: E731
         control_key = jax.vmap(fold)(key) if is_key_batch(key) else fold(key)
+    draw = jnp.asarray(table.draw)
+    if state is not None and noise is None:
+        draw = draw - draw[0] + state.draws
     run = dataclasses.replace(
         table, A=cast(table.A), B=jax.tree.map(ring, cast(table.B)), C=cast(table.C),
         d=cast(table.d), u=pick(cast(table.u)), w=pick(cast(table.w)), active=cast(table.active),
-        draw=jnp.asarray(table.draw), clock=cast(table.clock), start=cast(table.start),
+        draw=draw, clock=cast(table.clock), start=cast(table.start),
     )  # fmt: skip
     args = _Args(denoiser, run, cond, keys, noise, control_key, control, times, structure)
     if state is None:
@@ -364,9 +376,13 @@ def integrate(
         y = jax.tree.unflatten(jax.tree.structure(y0), [a[0] for a in ys])
         memory, aux = eqx.combine(y.extra, solution.solver_state)
         newest_first = (rows - 1 - np.arange(history)) % history
-        return State(
-            y.registers, jax.tree.map(lambda h: h[newest_first], y.history), memory, aux
-        )
+        made = 0 if state is None else state.draws
+        if table.C is not None:
+            made = draw[-1] + 1
+        elif state is None and table.start.C is not None:
+            made = 1
+        past = jax.tree.map(lambda h: h[newest_first], y.history)
+        return State(y.registers, past, memory, aux, jnp.asarray(made, jnp.int32))
     return ys
 
 

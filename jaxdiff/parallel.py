@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxdiff.arrays import as_array
+from jaxdiff.arrays import as_array, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.noise import BrownianPath, per_sample
 from jaxdiff.sampling import check_call
@@ -118,11 +118,15 @@ class _Sharded:
             )
         tableau = jax.tree.map(as_array, tableau)
         adjoint = diffrax.DirectAdjoint() if adjoint is None else adjoint
-        return _run(self, (denoiser, tableau, x_T, key, noise, cond), batch, save, adjoint)
+        structure = structure_hash(denoiser, tableau, x_T, noise, cond)
+        inputs = (denoiser, tableau, x_T, key, noise, cond)
+        return _run(self, inputs, batch, save, adjoint, structure)
 
 
 @eqx.filter_jit
-def _run(call: _Sharded, inputs: Any, batch: int, save: str, adjoint: Any) -> Any:
+def _run(
+    call: _Sharded, inputs: Any, batch: int, save: str, adjoint: Any, structure: int
+) -> Any:
     *model, x, key, noise, cond = inputs
     split = P(call.axes)
     noise_specs = P(None, call.axes)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.arrays import as_array, is_concrete
+from jaxdiff.arrays import as_array, is_concrete, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.integrator import SAVES, State, integrate
 from jaxdiff.noise import BrownianPath, is_key_batch
-from jaxdiff.predictions import PREDICTIONS
 from jaxdiff.solvers.tableau import Tableau
 
 
@@ -62,7 +61,7 @@ def sample(
         manual = jax.sharding.get_abstract_mesh().manual_axes
         adjoint = diffrax.DirectAdjoint() if manual else diffrax.RecursiveCheckpointAdjoint()
     meter = diffrax.NoProgressMeter() if progress_meter is None else progress_meter
-    structure = hash(jax.tree.structure((denoiser, noise, cond, control)))
+    structure = structure_hash(denoiser, tableau, x_T, noise, cond, control, state)
     return integrate(
         denoiser, tableau, x_T, key, noise, cond, save, adjoint, control, state, meter, structure
     )
@@ -105,7 +104,7 @@ def check_call(denoiser, tableau, x, key, noise, save, adjoint, state) -> None:
             f"the denoiser predicts {denoiser.predictions}, the tableau takes {tableau.outputs} "
             "output: build it with outputs=2 (ddim), or drop keep_eps"
         )
-    _check_noise(tableau, x, key, noise)
+    _check_noise(tableau, x if state is None else state.registers[0], key, noise)
     _check_reachable(denoiser, tableau)
 
 
@@ -118,27 +117,21 @@ def _check_noise(tableau, x, key, noise) -> None:
         raise ValueError("this tableau is stochastic: pass key= or noise=")
     if isinstance(noise, BrownianPath):
         noise.check(tableau)
-    elif noise is not None and x is not None and is_concrete(tableau.draw):
+    elif noise is not None and is_concrete(tableau.draw):
         draws = tableau.draws
         want = jax.tree.map(lambda a: (draws, *a.shape), x)
         if jax.tree.structure(noise) != jax.tree.structure(x):
-            raise ValueError("noise must have the structure of x_T")
+            raise ValueError("noise must have the structure of the state")
         for n, a in zip(jax.tree.leaves(noise), jax.tree.leaves(x)):
             if n.shape != (draws, *a.shape):
                 raise ValueError(f"noise must have shape {want}, got {n.shape}")
 
 
 def _check_reachable(denoiser: Denoiser, tableau: Tableau) -> None:
-    if not is_concrete(tableau.u, tableau.w) or isinstance(tableau.u, jax.Array):
-        return
-    for p in range(tableau.outputs):
+    for p, blind in enumerate(tableau.blind):
         name = denoiser.predictions[min(p, len(denoiser.predictions) - 1)]
-        column = PREDICTIONS.index(name)
-        bad = ~(np.isfinite(tableau.u[:, p, column]) & np.isfinite(tableau.w[:, p, column]))
-        if np.any(bad):
-            row = int(np.flatnonzero(bad)[0])
+        if name in blind:
             raise ValueError(
-                f"row {row} evaluates at alpha = {tableau.alpha[row]:g}, sigma = "
-                f"{tableau.sigma[row]:g}, where a {name!r} network does not determine what this "
-                "solver integrates: use a network that predicts v, x0 or flow"
+                f"the grid evaluates where alpha = 0 or sigma = 0, and there a {name!r} network does "
+                "not determine what this solver integrates: use a network that predicts v, x0 or flow"
             )

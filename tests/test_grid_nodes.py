@@ -191,7 +191,7 @@ def test_spacings_vmap_over_their_parameters(x64):
 
 
 def test_ends_of_traced_grids_are_static():
-    """They follow from the span; a traced end of it lies inside; `ends` overrides."""
+    """They follow from the span; a traced end of it, or traced times, lie inside; `ends` overrides."""
     seen = {}
 
     def trace(t_max, t):
@@ -200,16 +200,19 @@ def test_ends_of_traced_grids_are_static():
         seen["to zero"] = grids.uniform(VP, 3, t_max=t_max, end="zero").ends
         seen["part"] = grids.uniform(processes.flow(t_max), 3, t_max=0.5).ends
         seen["times"] = grids.from_times(FLOW, t).ends
-        inner = grids.from_times(FLOW, t, ends=(False, False))
-        seen["inner times"] = inner.ends
+        inner, whole = grids.from_times(FLOW, t), grids.from_times(FLOW, t, ends=[True, True])
+        seen["times with ends"] = whole.ends
+        seen["times to zero"] = grids.from_times(VP, t, end="zero").ends
+        seen["known times"] = grids.from_times(processes.flow(t_max), [1.0, 0.5, 0.1]).ends
         seen["arrays"] = grids.from_arrays(t, 1 - t, t).ends
         seen["arrays with ends"] = grids.from_arrays(t, 1 - t, t, ends=[True, False]).ends
-        return inner.lam, grids.from_times(FLOW, t).lam
+        return inner.lam, whole.lam
 
     inner, whole = jax.jit(trace)(0.9, jnp.asarray([0.8, 0.5, 0.1]))
     assert seen == {
         "whole": (True, True), "from a traced t_max": (False, True), "to zero": (False, True),
-        "part": (False, True), "times": (True, True), "inner times": (False, False),
+        "part": (False, True), "times": (False, False), "times with ends": (True, True),
+        "times to zero": (False, True), "known times": (True, False),
         "arrays": (False, False), "arrays with ends": (True, False),
     }  # fmt: skip
     np.testing.assert_allclose(inner, np.log([0.25, 1.0, 9.0]), atol=1e-6)

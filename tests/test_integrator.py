@@ -165,6 +165,7 @@ def test_coefficients_may_be_state_shaped_or_a_prefix_of_a_pytree(x64):
         np.testing.assert_allclose(got[leaf], s, rtol=1e-12)
 
 
+
 def test_a_start_may_be_a_linear_operator(x64):
     rng = np.random.default_rng(3)
     base, x = random_tableau(rng, 3, 1, 1, 1), rng.normal(size=(BATCH, DIM))
@@ -399,3 +400,43 @@ def test_two_controls_with_the_same_fields_are_not_confused():
     ends = [run(x, control=shifted_by(amount)) for amount in (0.0, 5.0)]
     np.testing.assert_allclose(ends[0], run(x), rtol=1e-6)
     assert np.abs(ends[1] - ends[0]).max() > 1
+
+
+def test_a_continued_run_goes_on_with_fresh_noise(x64):
+    rng = np.random.default_rng(9)
+    tableau = random_tableau(rng, 7, 2, 3, 1, noise=True)
+    x, key = rng.normal(size=(BATCH, DIM)), jax.random.key(2)
+    denoiser = jd.Denoiser(network, "eps", PARAMS)
+    first, second = halves(tableau, 3)
+    whole = jd.sample(denoiser, tableau, x, key)
+    state = jd.sample(denoiser, first, x, key, save="state")
+    np.testing.assert_allclose(jd.sample(denoiser, second, None, key, state=state), whole, rtol=1e-12)
+    # A tableau that numbers its draws from 0 continues the count, too.
+    renumbered = dataclasses.replace(second, draw=np.arange(4, dtype=np.int32))
+    got = jd.sample(denoiser, renumbered, None, key, state=state)
+    np.testing.assert_allclose(got, whole, rtol=1e-12)
+
+
+def test_structures_of_two_classes_are_not_confused():
+    """A state, a condition: the class of a pytree decides, not its fields alone."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class A:
+        x: jax.Array
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class B:
+        x: jax.Array
+
+    def fn(x, t, cond):
+        return x * (1.0 if isinstance(cond, A) else 2.0)
+
+    tableau = jd.solvers.ddim(jd.grids.half_log_snr(jd.processes.vp_linear(), 2))
+    x = jnp.ones((BATCH, DIM))
+    a, b = (jd.sample(jd.Denoiser(fn), tableau, x, cond=c(jnp.zeros(BATCH))) for c in (A, B))
+    assert np.abs(a - b).max() > 0.1
+    identity = jd.Denoiser(lambda x, t: x)
+    for c in (A, B):
+        assert type(jd.sample(identity, tableau, c(x))) is c

@@ -223,7 +223,7 @@ def test_the_gradient_is_finite_where_the_grid_has_ends(x64, name):
 
     def end(inner):
         times = jnp.concatenate([jnp.ones(1), inner, jnp.zeros(1)])
-        tableau = jd.solvers.build(name, jd.grids.from_times(flow, times))
+        tableau = jd.solvers.build(name, jd.grids.from_times(flow, times, ends=(True, True)))
         return jnp.sum(jd.sample(mixture(), tableau, x, jax.random.key(1)) ** 2)
 
     inner = jnp.array([0.8, 0.5, 0.2])

@@ -25,13 +25,15 @@ FORMS = ("rho", "lambda")
 class Problem(NamedTuple):
     """What the terms integrate, given to diffrax as `args`: all of it data, none of it recompiles.
 
-    `eta`, the amount of noise, is read by `reverse_sde` alone.
+    `eta`, the amount of noise, is read by `reverse_sde` alone; `structure` by nobody, it keeps
+    programs of different classes apart (`jaxdiff.arrays.structure_hash`).
     """
 
     denoiser: Denoiser
     process: Process
     cond: Any = None
     eta: ArrayLike = 1.0
+    structure: int = 0
 
 
 def check_form(form: Any) -> None:

@@ -96,8 +96,14 @@ class Process:
 
     @property
     def prior_std(self) -> Any:
-        """Standard deviation of the state at t_max, data taken as negligible or of unit scale."""
-        return 1.0
+        """Standard deviation of the state at t_max with data of unit variance.
+
+        sqrt(alpha^2 + sigma^2): 1 where variance is preserved. `VE` and `EDM` neglect the data, as
+        their papers do: sigma(t_max). A span that stops short of noise (alpha(t_max) not near 0)
+        starts from x_T = alpha x_0 + sigma eps, which this normal matches in its variance only.
+        """
+        alpha, sigma = self.alpha(self.t_max), self.sigma(self.t_max)
+        return namespace(alpha, sigma).sqrt(alpha**2 + sigma**2)
 
     def drift(self, x: Any, t: ArrayLike) -> Any:
         """f(t) x, the drift of the forward SDE. `t` is a scalar or `[batch]`."""
@@ -128,6 +134,10 @@ class Process:
 
 class VariancePreserving(Process):
     """alpha^2 + sigma^2 = 1. Subclasses give lambda(t), its inverse and d log(alpha) / dt."""
+
+    @property
+    def prior_std(self):
+        return 1.0
 
     def log_alpha_rate(self, t: ArrayLike) -> Any:
         """f = d log(alpha) / dt; g^2 is then -2 f."""

@@ -1,9 +1,13 @@
 """Discrete DDPM schedules bridged to continuous time, and zero terminal SNR."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import ArrayLike
 
+from jaxdiff.arrays import is_concrete
 from jaxdiff.processes.base import (
+    Process,
     VariancePreserving,
     floating,
     half_log_snr_of_log_alpha,
@@ -166,3 +170,28 @@ def zero_terminal_snr(process: VariancePreserving) -> ZeroTerminalSNR:
         base=process, t_min=process.t_min, t_max=process.t_max,
         noise_time=process.t_max, data_time=process.data_time,
     )  # fmt: skip
+
+
+def is_discrete(process: Process) -> bool:
+    """Whether the process is a `DDPM`, or one with zero terminal SNR: its levels are a table's."""
+    while isinstance(process, ZeroTerminalSNR):
+        process = process.base
+    return isinstance(process, DDPM)
+
+
+def check_times(process: Process, t: Any) -> None:
+    """Raise ValueError for known times outside a discrete process's table, which clamps them."""
+    if is_discrete(process) and is_concrete(t):
+        if not np.all((np.asarray(t) >= process.t_min) & (np.asarray(t) <= process.t_max)):
+            raise ValueError(f"times must lie in [{process.t_min:g}, {process.t_max:g}], got {t}")
+
+
+def check_half_log_snr(process: Process, half_log_snr: Any) -> None:
+    """As `check_times`, for half-log-SNRs."""
+    if is_discrete(process) and is_concrete(process, half_log_snr):
+        low, high = (float(process.half_log_snr(t)) for t in (process.t_max, process.t_min))
+        lam = np.asarray(half_log_snr)
+        if not np.all((lam >= low - 1e-9) & (lam <= high + 1e-9)):
+            raise ValueError(
+                f"half-log-SNR {half_log_snr} lies outside the process's [{low:.6g}, {high:.6g}]"
+            )

@@ -40,7 +40,7 @@ def dpm_solver_pp_multistep(
     Every grid end is supported; from alpha = 0 the first step is first order and that node is left
     out of later interpolation.
     """
-    if order not in (1, 2, 3):
+    if isinstance(order, (bool, float)) or order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
     for name, value, accepted in (
         ("solver_type", solver_type, ("midpoint", "heun")),

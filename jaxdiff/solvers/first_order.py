@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxdiff.arrays import is_concrete
+from jaxdiff.arrays import is_concrete, namespace
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -44,27 +45,32 @@ def ddim(
     """
     if noise_scale not in ("posterior", "full"):
         raise ValueError(f"noise_scale must be 'posterior' or 'full', got {noise_scale!r}")
-    if outputs not in (1, 2):
+    if isinstance(outputs, bool) or outputs not in (1, 2):
         raise ValueError(f"outputs must be 1 or 2, got {outputs!r}")
     concrete = is_concrete(eta)
-    if concrete and not np.all(np.asarray(eta) >= 0):
-        raise ValueError(f"eta must not be negative, got {eta!r}")
-    noisy = not concrete or bool(np.any(np.asarray(eta) > 0))
+    if concrete:
+        if not isinstance(eta, (int, float, np.ndarray, np.number, jax.Array)):
+            raise TypeError(f"eta must be a number or an array, got {eta!r}")
+        eta = np.asarray(eta, np.float64)
+        if not np.all(eta >= 0):
+            raise ValueError(f"eta must not be negative, got {eta}")
+    noisy = not concrete or bool(np.any(eta > 0))
     if grid.backward and noisy:
-        raise ValueError(f"a grid from data to noise takes eta = 0, got {eta!r}")
+        raise ValueError(f"a grid from data to noise takes eta = 0, got {eta}")
     check_ends(grid, "ddim", noise=True, data=True)
     clocked = noisy and noise_scale == "posterior"
-    xp = grid.xp if concrete and not noisy else _with(grid.xp, eta)
+    xp = namespace(grid.t, grid.alpha, grid.sigma, eta)
     rows = []
     for i in range(grid.steps):
         (_, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
-        share = posterior_share(grid, i) if noise_scale == "posterior" else 1.0
-        std = eta * s1 * xp.sqrt(share) if noisy else 0.0
-        if noisy and concrete and is_concrete(std, s1) and np.any(np.asarray(std > s1)):
-            raise ValueError(f"eta = {eta!r} asks for more noise than sigma at node {i + 1}")
-        along = xp.sqrt(s1**2 - std**2) if noisy else s1
-        last = grid.ends[1] and i == grid.steps - 1
-        z = std if noisy and not last else None
+        z, along = None, s1
+        # No noise in a step to sigma = 0, where the derivative of the root would be 0 / 0.
+        if noisy and not (grid.ends[1] and i == grid.steps - 1):
+            share = posterior_share(grid, i) if noise_scale == "posterior" else 1.0
+            z = eta * s1 * xp.sqrt(share)
+            if is_concrete(z, s1) and np.any(z > s1):
+                raise ValueError(f"eta = {eta} asks for more noise than sigma at node {i + 1}")
+            along = xp.sqrt(s1**2 - z**2)
         if outputs == 1:
             update = Update([along / s], [a1 - along * a / s], z)
         else:
@@ -72,13 +78,6 @@ def ddim(
         rows.append(Row(grid.node(i), [update], x0_clock(grid, i) if clocked else None))
     integrand = "x0" if outputs == 1 else ("x0", "eps")
     return assemble(rows, integrand, xp, brownian="x0" if clocked else None)
-
-
-def _with(xp: Any, value: Any) -> Any:
-    from jaxdiff.arrays import namespace
-
-    other = namespace(value)
-    return other if other is not np else xp
 
 
 def ddpm(grid: Grid, variance: str = "fixed_small") -> Tableau:

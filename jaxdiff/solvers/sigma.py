@@ -5,6 +5,7 @@ for alpha = 1 this is EDM's dx / dsigma.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ class _Churn:
     """EDM's churn at each node: raise rho to (1 + gamma) rho by adding noise (algorithm 2)."""
 
     def __init__(self, grid: Grid, s_churn, s_min, s_max, s_noise, coordinates: Callable = _rho):
+        numbers = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number known on the host, got {value!r}")
         if not (s_churn >= 0 and s_noise >= 0 and s_min <= s_max):
             raise ValueError(
                 "need s_churn >= 0, s_noise >= 0 and s_min <= s_max, got "
@@ -38,7 +43,7 @@ class _Churn:
             )
         if s_churn and (grid.backward or grid.xp is not np):
             raise ValueError("churn needs a grid from noise to data with nodes known on the host")
-        self.grid, self.coordinates, self.on = grid, coordinates, s_churn > 0
+        self.grid, self.coordinates, self.on, self.s_max = grid, coordinates, s_churn > 0, s_max
         # Raised rho and the noise's standard deviation in y, for each node that is churned.
         self.raised: dict[int, tuple[Any, Any]] = {}
         gamma = min(s_churn / grid.steps, _MAX_GAMMA)
@@ -50,7 +55,17 @@ class _Churn:
 
     def level(self, i: int) -> tuple[Any, Any, Any]:
         """(t, alpha, sigma) of node i after its churn."""
-        return self.grid.at(-np.log(self.raised[i][0])) if i in self.raised else self.grid.node(i)
+        if i not in self.raised:
+            return self.grid.node(i)
+        raised = self.raised[i][0]
+        try:
+            return self.grid.at(-np.log(raised))
+        except ValueError as error:
+            raise ValueError(
+                f"churn raises sigma / alpha at node {i} to {raised:.6g}, a level that the grid's "
+                f"process or arrays do not have: lower s_max (now {self.s_max:g}) below that "
+                "node's sigma / alpha, or start the grid at less noise"
+            ) from error
 
     def enter(self, i: int, s: list[Any], m: list[Any], solution: Update) -> list[Update]:
         """Updates that arrive at node i with `s`, `m` in y-units, churned, and keep the solution."""
@@ -77,7 +92,8 @@ def euler(
     rho_i <= s_max: gamma = min(s_churn / steps, sqrt(2) - 1), noise of standard deviation s_noise
     sqrt(rho_hat^2 - rho^2) raises rho to rho_hat = (1 + gamma) rho (s_min, s_max, s_noise are the
     paper's S_tmin, S_tmax, S_noise, all in units of sigma / alpha). One evaluation a step, order 1.
-    Needs alpha > 0 at the noise end (`ddim` is the same map and does not).
+    Needs alpha > 0 at the noise end (`ddim` is the same map and does not). Raises ValueError where
+    the noised level is one that the process does not have, as above the last timestep of `ddpm`.
 
     Arguments:
       churn_evaluation: with y^ the noised y = x / alpha,
@@ -103,7 +119,8 @@ def euler(
         step = rho1 - rho
         solution = Update([a1 / a], [a1 * step])
         rows.append(Row(churn.level(i), churn.enter(i + 1, [1.0 / a], [step], solution)))
-    nodes = [(0, 0)] + [(i + 1, int(churn.on)) for i in range(grid.steps)]
+    # With churn the solution at a node is register 1: register 0 has the node's noise already.
+    nodes = [(i, int(churn.on)) for i in range(grid.steps + 1)]
     return assemble(rows, "eps", grid.xp, nodes=nodes, start=churn.start())
 
 
@@ -142,13 +159,13 @@ def heun(
     check_ends(grid, "heun", noise=clock == "flow", data=True)
     coordinates = _tau if clock == "flow" else _rho
     churn = _Churn(grid, s_churn, s_min, s_max, s_noise, coordinates)
-    rows, nodes = [], [(0, 0)]
+    rows, nodes = [], [(0, int(churn.on))]
     for i in range(grid.steps):
         (scale, place), (end, place1) = coordinates(churn.level(i)), coordinates(grid.node(i + 1))
         step = place1 - place
         predicted = Update([end / scale], [end * step])
         if grid.ends[1] and i == grid.steps - 1:
-            rows.append(Row(churn.level(i), [predicted]))
+            rows.append(Row(churn.level(i), [predicted] * (2 if churn.on else 1)))
             nodes.append((len(rows), 0))
             continue
         rows.append(Row(churn.level(i), [predicted, Update([1.0])]))

@@ -32,7 +32,7 @@ def _static(default: Any = dataclasses.MISSING) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Start:
     """s_i = S_i x_T + C_i z + d_i; S [registers], or a lineax operator on one flattened sample
     (then every register starts at S x_T); C and d [registers] or None."""
@@ -43,7 +43,7 @@ class Start:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tableau:
     """The coefficients of a sampler on a grid. Made by the builders of `jaxdiff.solvers`.
 
@@ -59,7 +59,9 @@ class Tableau:
       start: see `Start`
 
     Coefficients may carry trailing axes that broadcast against the state, or be pytree prefixes of
-    it. Only `registers`, `history`, `outputs` and the presence of C, d, clock are static, so any two
+    it. Static are `registers`, `history`, `outputs`, the presence of C, d and clock, `brownian` (whose
+    clock it is) and `blind` (for each output the predictions that do not determine it, where the grid
+    has alpha = 0 or sigma = 0): any two
     tableaux of one shape run in one compiled program. Name, order and paper live in the catalogue.
     """
 
@@ -81,6 +83,7 @@ class Tableau:
     history: int = _static()
     outputs: int = _static()
     brownian: str | None = _static(None)
+    blind: tuple[tuple[str, ...], ...] = _static(())
 
     @property
     def rows(self) -> int:
@@ -200,7 +203,15 @@ def assemble(
         ),
         start=Start(stack(start_scale), start_noise),
         registers=registers, history=history, outputs=outputs, brownian=brownian,
+        blind=_blind(u, w),
     )  # fmt: skip
+
+
+def _blind(u: Any, w: Any) -> tuple[tuple[str, ...], ...]:
+    if not is_concrete(u, w):
+        return ((),) * u.shape[1]
+    bad = ~np.all(np.isfinite(np.asarray(u)) & np.isfinite(np.asarray(w)), axis=0)
+    return tuple(tuple(name for name, b in zip(PREDICTIONS, row) if b) for row in bad)
 
 
 def check_ends(grid: Grid, name: str, *, noise: bool, data: bool) -> None:
@@ -259,17 +270,36 @@ def _common(tableaux: Sequence[Tableau], name: str) -> list[Tableau]:
             raise TypeError(f"{name} takes tableaux, got {type(tableau).__name__}")
         if np.ndim(tableau.active) != 1:
             raise ValueError(f"{name} takes single tableaux, got one that is stacked already")
+        fields = (tableau.A, tableau.B, tableau.t, tableau.alpha, tableau.sigma, tableau.start.S)
+        if not all(isinstance(f, (np.ndarray, jax.Array)) for f in fields):
+            raise ValueError(
+                f"{name} takes tableaux whose coefficients are arrays, got pytree prefixes or a start "
+                "that is an operator"
+            )
     sizes = [max(getattr(t, f) for t in tableaux) for f in ("registers", "history", "outputs")]
     noisy = any(t.C is not None for t in tableaux)
+    paths = {t.brownian for t in tableaux if t.stochastic}
+    path = paths.pop() if len(paths) == 1 else None
+    blind = tuple(
+        tuple(sorted({n for t in tableaux if p < len(t.blind) for n in t.blind[p]}))
+        for p in range(sizes[2])
+    )
     out = [_resize(t, *sizes, noisy) for t in tableaux]
+    # Tables without noise stand on any path, with an empty clock; two paths are no path.
+    out = [
+        dataclasses.replace(
+            t, brownian=path, blind=blind,
+            clock=None if path is None else t.clock if t.brownian == path
+            else namespace(t).zeros((t.rows, 2)),
+        )
+        for t in out
+    ]  # fmt: skip
     if any(t.d is not None for t in out):
         out = [
             t if t.d is not None
             else dataclasses.replace(t, d=namespace(t).zeros(t.A.shape[:2]))
             for t in out
         ]  # fmt: skip
-    if len({t.brownian for t in out}) > 1:
-        out = [dataclasses.replace(t, brownian=None, clock=None) for t in out]
     return out
 
 
@@ -336,8 +366,6 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
     xp = namespace(tableaux)
     out = tableaux[0]
     for piece in tableaux[1:]:
-        if getattr(piece.start.S, "ndim", None) != 1 or getattr(out.start.S, "ndim", 0) != 1:
-            raise ValueError("concatenate takes pieces whose start is one number a register")
         scale = piece.start.S
 
         def enter(a, scale=scale):
@@ -375,15 +403,22 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
         merged = piece.start.C is not None
         last_noisy = out.C is not None and is_concrete(out.C) and bool(np.any(out.C[-1] != 0))
         offset = out.draws - (1 if merged and last_noisy else 0)
-        draw = np.append(out.draw, np.minimum(piece.draw, max(piece.draws - 1, 0)) + offset)
+        draw = np.append(out.draw, piece.draw + offset)
         if merged:
             draw[out.rows - 1] = offset
+        # Rows without noise repeat a draw that exists.
+        draw = np.minimum(draw, max(offset + piece.draws - 1, 0))
+        # The solution at the joint is the state before the piece's start, where a register keeps it.
+        joint = np.array(out.nodes)
+        if merged and is_concrete(scale, piece.start.C):
+            kept = np.flatnonzero((np.asarray(scale) == 1) & (np.asarray(piece.start.C) == 0))
+            joint[-1, 1] = kept[0] if kept.size else 0
         out = dataclasses.replace(
             out, A=xp.concatenate([a, piece.A]), B=xp.concatenate([b, piece.B]),
             C=None if c is None else xp.concatenate([c, c_next]), d=d,
             draw=draw.astype(np.int32),
             clock=xp.concatenate([out.clock, piece.clock]) if clocked else None,
             brownian=out.brownian if clocked else None,
-            nodes=np.concatenate([out.nodes, piece.nodes[1:] + shift]), **joined,
+            nodes=np.concatenate([joint, piece.nodes[1:] + shift]), **joined,
         )  # fmt: skip
     return out

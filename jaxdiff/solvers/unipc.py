@@ -1,11 +1,12 @@
 """UniPC: a predictor and a corrector that costs no evaluation."""
 
 from collections.abc import Sequence
-from math import factorial
 from typing import Any
 
+import numpy as np
+
 from jaxdiff.grids import Grid
-from jaxdiff.solvers.phi import phi
+from jaxdiff.solvers.phi import interpolation_weights
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 
@@ -34,14 +35,16 @@ def unipc(
     noise end is supported with "x0": that step is first order, uncorrected, and its node left out of
     later differences.
     """
-    if order not in (1, 2, 3):
+    if isinstance(order, (bool, float)) or order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant must be 'bh1' or 'bh2', got {variant!r}")
     if integrand not in ("x0", "eps"):
         raise ValueError(f"integrand must be 'x0' or 'eps', got {integrand!r}")
     steps, lam = grid.steps, grid.lam
-    flags = [corrector] * steps if isinstance(corrector, bool) else list(corrector)
+    if not isinstance(corrector, (bool, np.bool_, Sequence, np.ndarray)):
+        raise TypeError(f"corrector must be one flag or a sequence of {steps}, got {corrector!r}")
+    flags = [corrector] * steps if np.ndim(corrector) == 0 else list(corrector)
     if len(flags) != steps:
         raise ValueError(f"corrector must be one flag or {steps}, got {len(flags)}")
     check_ends(grid, "unipc", noise=integrand == "x0", data=True)
@@ -91,28 +94,18 @@ def _weights(
     (_, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
     data = integrand == "x0"
     h = grid.lam[i + 1] - grid.lam[i]
-    if data:
-        carry, hh, scale = s1 / s, -h, a1
-    else:
-        carry, hh, scale = a1 / a, h, s1
-    order = len(offsets)
-    if order == 1 and not correct:
+    carry, hh, scale = (s1 / s, -h, a1) if data else (a1 / a, h, s1)
+    if len(offsets) == 1 and not correct:
         # -alpha' expm1(-h) or -sigma' expm1(h), the latter finite at sigma' = 0.
         return carry, [-a1 * xp.expm1(-h) if data else s1 - a1 * s / a]
-    base = xp.expm1(hh)
-    b_h = hh if variant == "bh1" else base
-    ratios = [offset / h for offset in offsets[1:]] + ([1.0] if correct else [])
-    size = len(ratios)
-    if size == 1:
-        rho = [0.5]
-    else:
-        matrix = xp.stack([xp.stack([xp.asarray(r * 1.0) ** k for r in ratios]) for k in range(size)])
-        moments = xp.stack([
-            hh * phi(k + 1, hh) * factorial(k) / b_h for k in range(1, size + 1)
-        ])  # fmt: skip
-        rho = list(xp.linalg.solve(matrix, moments[:, None])[:, 0])
-    # x' = carry x - scale (base m_0 + B(h) sum_k rho_k (m_k - m_0) / r_k)
-    differences = [-scale * b_h * c / r for c, r in zip(rho, ratios)]
-    older = differences[: order - 1]
-    newest = differences[order - 1 :]
-    return carry, [*newest, -scale * base - sum(differences), *older]
+    if len(offsets) + correct == 2:
+        # x' = carry x - scale (expm1(hh) m_0 + B(h) (m_1 - m_0) / (2 r)): only here B matters.
+        r = 1.0 if correct else offsets[1] / h
+        base = xp.expm1(hh)
+        other = -scale * (hh if variant == "bh1" else base) * 0.5 / r
+        first = -scale * base - other
+        return carry, [other, first] if correct else [first, other]
+    # With more, the paper's equations for the differences are those of polynomial interpolation.
+    places = ([h] if correct else []) + offsets
+    factor, sign = (a1, -1.0) if data else (-s1, 1.0)
+    return carry, [factor * weight for weight in interpolation_weights(places, h, sign)]

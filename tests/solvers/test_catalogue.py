@@ -94,11 +94,12 @@ def test_nfe_is_the_number_of_evaluations(name):
     np.testing.assert_array_equal(both.nfe, [tableau.nfe, final.nfe])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "churn" not in name])
 def test_one_step_to_sigma_zero_is_the_denoised_state(x64, name):
-    """With one step to sigma = 0 every method is x0(x_T): the limit, in closed form."""
-    if "churn" in name:
-        pytest.skip("churn evaluates at a noisier state")
+    """With one step to sigma = 0 every method is x0(x_T): the limit, in closed form.
+
+    But for churn, which evaluates at a noisier state.
+    """
     grid = jd.grids.uniform(PROCESS, 1, end="zero")
     x = start(np.random.default_rng(1), 8, grid)
     got = jd.sample(mixture(), build(name, grid), x, jax.random.key(0))
@@ -150,8 +151,7 @@ def test_float32_is_close_to_float64(spacing):
         assert worst.max() < 1e-4, dict(zip(DETERMINISTIC, worst))
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_solver_encodes_and_decodes(x64, backward):
+def test_a_solver_encodes_and_decodes(x64):
     """A reversed grid runs from data to noise: at 400 steps back and forth meet to 1e-3."""
     grid = jd.grids.half_log_snr(PROCESS, 400)
     x = start(np.random.default_rng(4), 16, grid)
