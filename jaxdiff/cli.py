@@ -11,32 +11,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxdiff.config import nearest
+from jaxdiff.names import unknown
 
 # Imports of jax and of the rest are in the functions: `--help` and typing errors answer at once.
 
 _EXPECTED = (
-    ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, MemoryError,
+    ValueError, TypeError, KeyError, OSError, ImportError, ArithmeticError, MemoryError,
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 if the run failed, 2 if the command was wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, overrides = _parse(argv)
+    arguments = _parse(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
-            return _run(arguments, overrides)
+            return _run(arguments)
         except KeyboardInterrupt:
             print("\njaxdiff: interrupted", file=sys.stderr)
             return 130
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     try:
         _use_compilation_cache()
-        work = _COMMANDS[arguments.command].prepare(arguments, overrides)
+        work = _COMMANDS[arguments.command].prepare(arguments)
     except _EXPECTED as error:
         return _report(error, 2, arguments.debug)
     try:
@@ -70,14 +70,13 @@ def _use_compilation_cache() -> None:
 # --- train ----------------------------------------------------------------------------------------
 
 
-def _prepare_train(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+def _prepare_train(arguments: argparse.Namespace) -> Callable[[], None]:
     from jaxdiff import config as configuration
     from jaxdiff.settings import SECTIONS
     from jaxdiff.training.run import prepare
 
     config = configuration.load(arguments.config, SECTIONS)
-    config = configuration.complete(configuration.override(config, overrides), SECTIONS)
-    plan = prepare(config)
+    plan = prepare(configuration.override(config, arguments.overrides))
     return lambda: _train(plan, Path(arguments.workdir), not arguments.quiet)
 
 
@@ -102,7 +101,7 @@ def _train(plan: Any, workdir: Path, progress: bool) -> None:
 # --- sample and evaluate --------------------------------------------------------------------------
 
 
-def _prepare_sample(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+def _prepare_sample(arguments: argparse.Namespace) -> Callable[[], None]:
     import numpy as np
 
     from jaxdiff.generation import balanced_labels
@@ -143,7 +142,7 @@ def _sample(arguments, experiment, tableau, options, labels, output: Path) -> No
     print(f"{output} and {archive.name}: {arguments.count} samples, {int(tableau.nfe)} evaluations")
 
 
-def _prepare_evaluate(arguments: argparse.Namespace, overrides: list[str]) -> Callable[[], None]:
+def _prepare_evaluate(arguments: argparse.Namespace) -> Callable[[], None]:
     from jaxdiff.experiment import make_source
 
     experiment, tableau, options = _sampler(arguments)
@@ -179,7 +178,7 @@ def _evaluate(arguments, experiment, tableau, options, source, scales, count) ->
 
 def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(experiment, tableau, sampler options): the run's own, with the command line's on top."""
-    from jaxdiff.experiment import make_tableau, sampler
+    from jaxdiff.experiment import check_seed, make_tableau, sampler
     from jaxdiff.training.run import read_experiment
 
     experiment = read_experiment(arguments.workdir)
@@ -196,6 +195,7 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
             options[name] = getattr(arguments, name)
     options["options"] = options["options"] | dict(arguments.option)
     options["grid_options"] = options["grid_options"] | dict(arguments.grid_option)
+    check_seed("--seed", options["seed"])
     experiment.check_guidance(options["guidance"])
     if options["batch_size"] < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options['batch_size']}")
@@ -212,7 +212,7 @@ class _Command(NamedTuple):
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     # Checks everything, writes nothing, and returns the work that is left to do.
-    prepare: Callable[[argparse.Namespace, list[str]], Callable[[], None]]
+    prepare: Callable[[argparse.Namespace], Callable[[], None]]
     overrides: bool = False
 
 
@@ -287,7 +287,7 @@ _COMMANDS = {
 }  # fmt: skip
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("jaxdiff", description="Diffusion models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
@@ -298,13 +298,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
-        hint = nearest(argv[0], _COMMANDS)
-        parser.error(f"unknown command {argv[0]!r}{hint}; choose from {', '.join(_COMMANDS)}")
+        parser.error(unknown("unknown command", argv[0], _COMMANDS))
     arguments, rest = parser.parse_known_args(argv)
     if rest and not _COMMANDS[arguments.command].overrides:
-        known = [a for a in commands.choices[arguments.command]._option_string_actions]
-        parser.error(f"unknown argument {rest[0]!r}{nearest(rest[0].partition('=')[0], known)}")
-    return arguments, rest
+        known = commands.choices[arguments.command]._option_string_actions
+        parser.error(unknown("unknown argument", rest[0].partition("=")[0], known))
+    arguments.overrides = rest
+    return arguments
 
 
 if __name__ == "__main__":

@@ -7,33 +7,44 @@ types are the function's. A section of several choices has the key "name", which
 
 import copy
 import dataclasses
-import difflib
 import inspect
 import json
+import math
 import runpy
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from jaxdiff.files import write_text
+from jaxdiff.names import nearest, unknown
 
 _PLAIN = (bool, int, float, str)
+
+
+class Range(NamedTuple):
+    """The numbers a key accepts: `holds`, and the words for it after "must be"."""
+
+    words: str
+    holds: Callable[[float], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
     """The functions a section may describe, by name; a single one under the name None.
 
-    `hidden` parameters are given by the program, not by the configuration.
+    `hidden` parameters are given by the program, not by the configuration; `ranges` are of its
+    numbers, by key.
     """
 
     choices: Mapping[str | None, Callable]
     hidden: tuple[str, ...] = ()
+    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
 
     @property
     def named(self) -> bool:
@@ -61,18 +72,24 @@ class Section:
 def load(path: str | Path, sections: Mapping[str, Section | Any]) -> ConfigDict:
     """The completed configuration of a Python file; see `complete`.
 
-    Raises FileNotFoundError, ValueError or TypeError naming the file.
+    Raises FileNotFoundError, ValueError or TypeError naming the file; ValueError for any error
+    inside it.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no such configuration file: {str(file)!r}")
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
+        config = get_config() if callable(get_config) else None
     except SyntaxError as error:
         raise ValueError(f"{str(file)!r} is not a Python file: {error}") from error
+    except Exception as error:  # whatever the file does wrong
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
+                 if f.filename == str(file)]  # fmt: skip
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{str(file)!r}{where}: {type(error).__name__}: {error}") from error
     if not callable(get_config):
         raise ValueError(f"{str(file)!r} defines no function get_config()")
-    config = get_config()
     if not isinstance(config, (ConfigDict, Mapping)):
         raise TypeError(
             f"get_config() of {str(file)!r} must return an ml_collections.ConfigDict, got "
@@ -85,8 +102,8 @@ def complete(config: ConfigDict | Mapping, sections: Mapping[str, Section | Any]
     """The configuration with every default filled in, checked and locked.
 
     `sections` maps a section's name to a `Section`, or a top-level key to its default. Raises
-    ValueError for an unknown key or name (with the nearest ones) or a missing one, TypeError for a
-    value of another type than the default's.
+    ValueError for an unknown key or name (with the nearest ones), a missing one, or a number that
+    is not finite or out of its range; TypeError for a value of another type than the default's.
     """
     config = ConfigDict(config)
     _check_known("config", config.keys(), sections)
@@ -111,10 +128,7 @@ def _complete_section(key: str, given: Any, section: Section) -> ConfigDict:
             raise ValueError(f"{where}.name is missing; choose from {', '.join(section.choices)}")
         name = full.name = given.pop("name")
         if name not in section.choices:
-            raise ValueError(
-                f"unknown {where}.name {name!r}{nearest(name, section.choices)}; choose from "
-                f"{', '.join(section.choices)}"
-            )
+            raise ValueError(unknown(f"unknown {where}.name", name, section.choices))
     parameters = section.parameters(name)
     _check_known(where, given, parameters, of=name)
     hints = typing.get_type_hints(section.choices[name])
@@ -125,6 +139,7 @@ def _complete_section(key: str, given: Any, section: Section) -> ConfigDict:
         default = None if required else parameter.default
         value = given.get(option, default)
         value = _checked(f"{where}.{option}", value, default, hints.get(option))
+        _check_range(f"{where}.{option}", value, section.ranges.get(option))
         full[option] = config_dict.placeholder(object) if value is None else value
     return full
 
@@ -157,7 +172,26 @@ def _checked(where: str, value: Any, default: Any, hint: Any) -> Any:
         return ConfigDict(value)
     if type(value) is not expected:
         raise TypeError(f"{where} must be of type {expected.__name__}, got {value!r}")
+    return _checked_items(where, value, hint) if expected is tuple else value
+
+
+def _checked_items(where: str, value: tuple, hint: Any) -> tuple:
+    """`value` with items of the types that the annotation (tuple[float, ...], say) names."""
+    kinds = {t for a in typing.get_args(hint) for t in (a, *typing.get_args(a)) if t in _PLAIN}
+    if kinds == {float}:
+        value = tuple(float(item) if type(item) is int else item for item in value)
+    if kinds and any(type(item) not in kinds for item in value):
+        names = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{where} must be a tuple of {names}, got {value!r}")
     return value
+
+
+def _check_range(where: str, value: Any, accepted: Range | None) -> None:
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if v is not None]
+    if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
+        raise ValueError(f"{where} must be finite, got {value!r}")
+    if accepted and not all(accepted.holds(v) for v in numbers):
+        raise ValueError(f"{where} must be {accepted.words}, got {value!r}")
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
@@ -217,16 +251,8 @@ def _check_known(
     for key in keys:
         if key not in known:
             subject = f" of {of!r}" if of else ""
-            raise ValueError(
-                f"unknown key {where}.{key}{subject}{nearest(key, known)}; accepted: "
-                f"{', '.join(known)}"
-            )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean ...?)" with the names closest to `name`, or nothing."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+            raise ValueError(f"unknown key {where}.{key}{subject}; {nearest(key, known)}accepted: "
+                             f"{', '.join(known)}")  # fmt: skip
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

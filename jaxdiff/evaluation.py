@@ -25,9 +25,13 @@ def check_evaluation(experiment: Experiment) -> None:
         raise ValueError(
             f"config.evaluate.features must be one of {list(FEATURES)}, got {chosen.features!r}"
         )
-    if chosen.count < 2:
-        raise ValueError(f"config.evaluate.count must be at least 2, got {chosen.count}")
     is_digit = len(shape) == 3 and shape[0] == shape[1] and shape[0] % 8 == 0 and shape[2] == 1
+    name = experiment.config.data.name
+    if chosen.features == "digits" and name != "digits":
+        raise ValueError(
+            "config.evaluate.features 'digits' compares with the digits: it needs config.data.name "
+            f"'digits', got {name!r}; use 'pixels'"
+        )
     if chosen.features == "digits" and not is_digit:
         raise ValueError(
             "config.evaluate.features 'digits' needs square grey images, their size a multiple of "

@@ -5,7 +5,6 @@ exactly the process, network and shape of data it was trained with.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdiff import solvers
-from jaxdiff.config import nearest
+from jaxdiff.arrays import is_concrete
 from jaxdiff.data.loader import Source
 from jaxdiff.denoisers import Denoiser, precondition
 from jaxdiff.guidance import classifier_free
 from jaxdiff.models import from_linen
+from jaxdiff.names import check_options, unknown
 from jaxdiff.noise import sample_keys
 from jaxdiff.predictions import check_prediction
 from jaxdiff.processes import Process
@@ -68,8 +68,10 @@ class Experiment:
         """Samples [batch, *shape]; sample i is decided by (seed, ids[i]) and its label alone.
 
         `labels` are integers [batch], or None for a network without classes; `guidance` is s of
-        uncond + s (cond - uncond). Raises ValueError for labels or guidance that do not apply.
+        uncond + s (cond - uncond). Raises ValueError for labels, a seed or guidance that do not
+        apply.
         """
+        check_seed("seed", seed)
         self.check_guidance(guidance)
         labels = None if labels is None else self.check_labels(labels)
         denoiser = self.denoiser(variables)
@@ -100,16 +102,19 @@ class Experiment:
             )
 
     def check_labels(self, labels: Any) -> np.ndarray:
-        """The labels as int32; ValueError unless each is a class of this network."""
-        labels = np.asarray(labels, np.int32)
+        """The labels as int32; ValueError unless each is a class of this network, an integer."""
+        labels = np.asarray(labels)
         if self.num_classes is None:
             raise ValueError("labels were given to a network trained without classes")
+        # Integers beyond 64 bits come as Python's own.
+        if not all(isinstance(k, int) and not isinstance(k, bool) for k in labels.ravel().tolist()):
+            raise ValueError(f"labels must be integers, got {labels.dtype}: {labels.flat[0]!r}")
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if wrong.size:
             raise ValueError(
                 f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}"
             )
-        return labels
+        return labels.astype(np.int32)  # after the check: a cast wraps around
 
     @property
     def _has_null(self) -> bool:
@@ -117,6 +122,12 @@ class Experiment:
 
     def _cond(self, labels: Any) -> Any:
         return None if self.num_classes is None else jnp.asarray(labels)
+
+
+def check_seed(where: str, seed: int) -> None:
+    """Raise ValueError unless 0 <= seed < 2^32: JAX would use another seed's numbers, or fail."""
+    if is_concrete(seed) and not 0 <= seed < 2**32:
+        raise ValueError(f"{where} must be from 0 to {2**32 - 1}, got {seed}")
 
 
 def make_source(config: ConfigDict) -> Source:
@@ -146,16 +157,22 @@ def make_experiment(
         )
     if settings.conditional and num_classes is None:
         raise ValueError("the data have no labels: set config.denoiser.conditional to False")
+    check_seed("config.seed", config.seed)
+    check_seed("config.sample.seed", config.sample.seed)
     classes = num_classes if settings.conditional else None
     process = _call(SECTIONS["process"].choices, config.process)
+    if settings.precondition and np.any(np.asarray(process.alpha(process.t_max)) == 0):
+        raise ValueError(
+            "config.denoiser.precondition: its c_noise = log(sigma / alpha) / 4 is infinite at "
+            f"alpha = 0, where this process is at t_max = {process.t_max:g}. Set "
+            f"config.process.t_max below {process.t_max:g}, or use no preconditioning with the "
+            "prediction 'v' or 'flow'"
+        )
     dtype = jnp.dtype(settings.dtype)
     module = _call(SECTIONS["model"].choices, config.model, num_classes=classes, dtype=dtype)
     experiment = Experiment(config, process, module, tuple(shape), classes)
     _check_output(experiment)
     experiment.check_guidance(config.sample.guidance)
-    for name in ("count", "batch_size"):
-        if config.sample[name] < 1:
-            raise ValueError(f"config.sample.{name} must be at least 1, got {config.sample[name]}")
     experiment.check_sampler(make_tableau(process, **sampler(config)), config.sample.guidance)
     return experiment
 
@@ -176,17 +193,9 @@ def make_tableau(
     """A tableau by names. Raises ValueError for unknown ones, with the nearest."""
     solvers.find(solver)
     if grid not in GRIDS:
-        raise ValueError(
-            f"unknown grid {grid!r}{nearest(grid, GRIDS)}; choose from {', '.join(GRIDS)}"
-        )
+        raise ValueError(unknown("unknown grid", grid, GRIDS))
     build = GRIDS[grid]
-    accepted = [key for key in inspect.signature(build).parameters][2:]
-    for option in grid_options or {}:
-        if option not in accepted:
-            raise ValueError(
-                f"grid {grid!r} has no option {option!r}{nearest(option, accepted)}; it takes "
-                f"{accepted}"
-            )
+    check_options(f"grid {grid!r}", build, grid_options or {}, skip=2)
     return solvers.build(solver, build(process, steps, **(grid_options or {})), **(options or {}))
 
 

@@ -136,9 +136,7 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
             raise ValueError(f"t, alpha and sigma must be finite, got {at} at node {bad[0]}")
         noise, data = (-1, 0) if backward else (0, -1)
         ends = (bool(nodes[1][noise] == 0), bool(nodes[2][data] == 0))
-        # Numbers live on the host, in float64, also where they came as JAX arrays.
-        t, alpha, sigma = nodes
-        process = _on_host(process)
+        t, alpha, sigma = nodes  # on the host, also where they came as JAX arrays
     grid = Grid(t, alpha, sigma, process, ends, backward)
     if is_concrete(t, alpha, sigma):
         inner_alpha, inner_sigma = np.delete(nodes[1], noise), np.delete(nodes[2], data)
@@ -150,7 +148,7 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
         lam = np.asarray(grid.lam)
         bad = np.flatnonzero(~(np.diff(-lam if backward else lam) > 0))
         if bad.size:
-            i = int(bad[0])
+            i = bad[0]
             raise ValueError(
                 "half-log-SNR log(alpha / sigma) must strictly increase from noise to data, but "
                 f"nodes {i} and {i + 1} have {lam[i]:.6g} and {lam[i + 1]:.6g}"
@@ -214,19 +212,18 @@ def from_times(
     `end="zero"` appends a last node with sigma = 0, alpha = 1: a final step to the data itself.
     Times may be traced, to differentiate with respect to them; then `ends` says whether alpha is 0
     at the first node and sigma is 0 at the last. By default they are not (but for `end="zero"`):
-    give `ends=(True, True)` for traced times that reach both, or solvers see infinite half-log-SNRs
-    inside the grid. Raises TypeError or ValueError for anything but a process and valid, ordered
-    times, in [0, num_steps - 1] if the process is discrete.
+    give `ends=(True, True)` for traced times that reach both, or solvers meet infinities inside.
+    Raises TypeError or ValueError for anything but a process and valid, ordered times, in [0,
+    num_steps - 1] if it is discrete.
     """
-    _check_end(end)
-    _check_process(process)
-    process, t = _on_host((process, t))
-    xp = namespace(t, process)
-    t = xp.asarray(t)
+    _check(process, end)
+    process, t = _on_host(process), np.asarray(t, np.float64) if is_concrete(t) else t
     if t.ndim != 1 or t.shape[0] < (2 if end == "t_min" else 1):
         raise ValueError(f"times must be a vector of at least 2 nodes, got shape {t.shape}")
     check_times(process, t)
     ends = _span_ends(process, t[0], t[-1], end) if ends is None else tuple(ends)
+    xp = namespace(t, process)
+    t = xp.asarray(t)
     alpha, sigma = process.alpha(t), process.sigma(t)
     last = process.t_min if process.data_time is None else process.data_time
     if end == "zero":
@@ -245,20 +242,16 @@ def _span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool
     )
 
 
-def _check_end(end: str) -> None:
+def _check(process: Any, end: str) -> None:
     if end not in ("t_min", "zero"):
         raise ValueError(f"end must be 't_min' or 'zero', got {end!r}")
-
-
-def _check_process(process: Any) -> None:
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
 
 
 def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, ...]:
     """The process and the span's ends, on the host where known; fractions 0..1 of the nodes."""
-    _check_end(end)
-    _check_process(process)
+    _check(process, end)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
     t_max = process.t_max if t_max is None else t_max

@@ -23,9 +23,7 @@ A **time law** is a quantile function (u, process) -> t, increasing from t_min a
 u = 1. `WEIGHTINGS` and `TIME_LAWS` map the names to the functions.
 """
 
-import difflib
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +35,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxdiff.arrays import is_concrete, to_batch
 from jaxdiff.denoisers import Denoiser
+from jaxdiff.names import check_options, unknown
 from jaxdiff.noise import is_key_batch, per_sample, sample_keys
 from jaxdiff.predictions import target
 from jaxdiff.processes.base import Process, check_positive
@@ -221,17 +220,14 @@ def _check_shapes(tree: Any, like: Any, what: str, of: str) -> None:
             raise ValueError(f"{what} has shape {jnp.shape(a)}, {of} {jnp.shape(b)}")
 
 
-def _find(kind: str, choice: Any, table: Mapping[str, Callable], options: dict) -> Callable:
-    """The function `choice` names, or is, with `options` bound."""
+def _find(
+    kind: str, choice: Any, table: Mapping[str, Callable], options: dict, *more: str
+) -> Callable:
+    """The function `choice` names, or is, with `options` bound; `more` are the caller's options."""
     if not callable(choice):
         if choice not in list(table):
-            close = difflib.get_close_matches(str(choice), table, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(close)}? " if close else ""
-            raise ValueError(f"unknown {kind} {choice!r}; {hint}choose from {', '.join(table)}")
-        accepted = list(inspect.signature(table[choice]).parameters)[2:]
-        for option in options:
-            if option not in accepted:
-                raise ValueError(f"{kind} {choice!r} has no option {option!r}; it takes {accepted}")
+            raise ValueError(unknown(f"unknown {kind}", choice, table))
+        check_options(f"{kind} {choice!r}", table[choice], options, 2, more)
         choice = table[choice]
     return functools.partial(choice, **options)
 
@@ -316,7 +312,7 @@ def sample_times(
     Raises ValueError for an unknown law or option (with the nearest names), for ids that do not
     fit, and for a single key without ids inside shard_map or pmap.
     """
-    quantile = _find("time law", law, TIME_LAWS, options)
+    quantile = _find("time law", law, TIME_LAWS, options, "stratified")
     batch = operator.index(batch)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")

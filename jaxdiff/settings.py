@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdiff import data, grids, models, processes
-from jaxdiff.config import Section
+from jaxdiff.config import Range, Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +119,40 @@ GRIDS = {
     )
 }  # fmt: skip
 
+_FROM_0 = Range("at least 0", lambda v: v >= 0)
+_FROM_1 = Range("at least 1", lambda v: v >= 1)
+_FROM_2 = Range("at least 2", lambda v: v >= 2)
+_POSITIVE = Range("positive", lambda v: v > 0)
+_BELOW_1 = Range("in [0, 1)", lambda v: 0 <= v < 1)
+_FRACTION = Range("in [0, 1]", lambda v: 0 <= v <= 1)
+
+_DATA_RANGES = dict.fromkeys(("size", "stride", "num_classes"), _FROM_1)
+_MODEL_RANGES = {
+    **dict.fromkeys(("width", "depth", "num_heads", "patch_size", "num_blocks"), _FROM_1),
+    **dict.fromkeys(("head_channels", "attention_resolutions"), _FROM_1),
+    **dict.fromkeys(("mlp_ratio", "multipliers", "time_scale"), _POSITIVE),
+    **dict.fromkeys(("dropout", "label_dropout"), _BELOW_1),
+}
+_OPTIMIZER_RANGES = {
+    **dict.fromkeys(("learning_rate", "eps"), _POSITIVE),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "clip_norm"), _FROM_0),
+    **dict.fromkeys(("b1", "b2"), _BELOW_1), "end_fraction": _FRACTION,
+}  # fmt: skip
+_TRAIN_RANGES = {
+    **dict.fromkeys(("steps", "batch_size", "log_every", "checkpoint_every", "keep"), _FROM_1),
+    "sample_every": _FROM_0, "ema_decay": _BELOW_1,
+}  # fmt: skip
+_SAMPLE_RANGES = dict.fromkeys(("steps", "count", "batch_size"), _FROM_1)
+
 SECTIONS: dict[str, Any] = {
     "seed": 0,
-    "data": Section({f.__name__: f for f in _SOURCES}),
+    "data": Section({f.__name__: f for f in _SOURCES}, ranges=_DATA_RANGES),
     "process": Section({f.__name__: f for f in _PROCESSES}),
-    "model": Section(_MODELS, hidden=_IMAGE_HIDDEN),
-    "denoiser": Section({None: DenoiserSettings}),
+    "model": Section(_MODELS, hidden=_IMAGE_HIDDEN, ranges=_MODEL_RANGES),
+    "denoiser": Section({None: DenoiserSettings}, ranges={"sigma_data": _POSITIVE}),
     "loss": Section({None: LossSettings}),
-    "optimizer": Section({None: OptimizerSettings}),
-    "train": Section({None: TrainSettings}),
-    "sample": Section({None: SampleSettings}),
-    "evaluate": Section({None: EvaluateSettings}),
+    "optimizer": Section({None: OptimizerSettings}, ranges=_OPTIMIZER_RANGES),
+    "train": Section({None: TrainSettings}, ranges=_TRAIN_RANGES),
+    "sample": Section({None: SampleSettings}, ranges=_SAMPLE_RANGES),
+    "evaluate": Section({None: EvaluateSettings}, ranges={"count": _FROM_2}),
 }

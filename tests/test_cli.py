@@ -111,11 +111,11 @@ def test_evaluate_repeats_the_figures_of_the_run(moved, tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], ["COMMAND"]),
-        (["trian"], ["trian", "'train'"]),
+        (["trian"], ["trian", "did you mean train"]),
         (["train", "--config", "{config}"], ["--workdir"]),
         (["train", "--config", "absent.py", "--workdir", "w"], ["absent.py"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.train.stesp=1"],
-         ["config.train.stesp", "'steps'"]),
+         ["config.train.stesp", "did you mean steps"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.train.steps=x"],
          ["config.train.steps", "int", "'x'"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.train.steps=0"],
@@ -125,7 +125,7 @@ def test_evaluate_repeats_the_figures_of_the_run(moved, tmp_path, capsys):
         (["train", "--config", "{config}", "--workdir", "w", "--config.sample.solver=unipcc"],
          ["unipcc", "unipc"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.sample.grid=karas"],
-         ["karas", "'karras'"]),
+         ["karas", "did you mean karras"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.loss.weighting=simpel"],
          ["simpel", "simple"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.loss.time_law=unifrom"],
@@ -143,13 +143,44 @@ def test_evaluate_repeats_the_figures_of_the_run(moved, tmp_path, capsys):
         (["train", "--config", "{config}", "--workdir", "w", "--config.evaluate.features=x"],
          ["features", "digits", "'x'"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.evaluate.features=digits"],
-         ["digits", "[2]"]),
+         ["config.data.name", "'digits'", "'arrays'"]),
         (["train", "--config", "{config}", "--workdir", "w", "--config.denoiser.precondition=true"],
          ["precondition", "x0"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.denoiser.precondition=true",
+          "--config.denoiser.prediction=x0"],
+         ["precondition", "alpha = 0", "config.process.t_max below 1", "'v' or 'flow'"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.sample.seed=99999999999999999999"],
+         ["config.sample.seed", "0 to 4294967295", "99999999999999999999"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.seed=-1"],
+         ["config.seed", "0 to 4294967295", "-1"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.model.width=0"],
+         ["config.model.width", "at least 1", "0"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.model.depth=-1"],
+         ["config.model.depth", "at least 1", "-1"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.model.time_scale=inf"],
+         ["config.model.time_scale", "finite", "inf"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.optimizer.b1=2.0"],
+         ["config.optimizer.b1", "[0, 1)", "2.0"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.evaluate.guidance=('a',)"],
+         ["config.evaluate.guidance", "float", "'a'"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.loss.time_options={'stratifed': True}"],
+         ["stratifed", "did you mean stratified"]),
+        (["train", "--config", "{config}", "--workdir", "w", "--config.sample.options={'eta': 'abc'}"],
+         ["'ddim'", "eta", "'abc'"]),
         (["sample", "--workdir", "absent"], ["absent"]),
+        (["sample", "--workdir", "{run}", "--seed", "99999999999999999999"],
+         ["--seed", "0 to 4294967295", "99999999999999999999"]),
+        (["evaluate", "--workdir", "{run}", "--seed", "-1"], ["--seed", "0 to 4294967295"]),
+        (["sample", "--workdir", "{run}", "--label", "4294967297"], ["4294967297", "0 to 2"]),
+        (["sample", "--workdir", "{run}", "--label", "9" * 30], ["9" * 30, "0 to 2"]),
+        (["sample", "--workdir", "{run}", "--option", "grid=3"], ["no option 'grid'", "eta"]),
+        (["sample", "--workdir", "{run}", "--option", "name=3"], ["no option 'name'", "eta"]),
+        (["sample", "--workdir", "{run}", "--option", "eta=abc"], ["'ddim'", "eta", "'abc'"]),
+        (["sample", "--workdir", "{run}", "--grid", "karras", "--grid-option", "rho=abc"],
+         ["'karras'", "rho", "'abc'"]),
         (["sample", "--workdir", "{run}", "--sovler", "ddim"], ["--sovler", "--solver"]),
         (["sample", "--workdir", "{run}", "--solver", "dimm"], ["dimm", "ddim"]),
-        (["sample", "--workdir", "{run}", "--grid", "unifrom"], ["unifrom", "'uniform'"]),
+        (["sample", "--workdir", "{run}", "--grid", "unifrom"], ["unifrom", "did you mean uniform"]),
         (["sample", "--workdir", "{run}", "--steps", "0"], ["at least 1", "0"]),
         (["sample", "--workdir", "{run}", "--steps", "two"], ["--steps", "two"]),
         (["sample", "--workdir", "{run}", "--option", "etaa=1"], ["etaa", "eta"]),
@@ -173,6 +204,32 @@ def test_a_wrong_command_names_what_is_wrong_and_writes_nothing(
     before = sorted(finished.rglob("*"))
     fails(capsys, [places.get(a, a) for a in arguments], 2, *words)
     assert list(tmp_path.iterdir()) == [] and sorted(finished.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import math\nx = mth.pi\n", ["line 2", "NameError", "'mth'"]),
+        ("def get_config():\n    return 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+        ("def get_config(:\n", ["not a Python file"]),
+    ],
+)
+def test_an_error_in_the_configuration_file_names_it(tmp_path, capsys, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    arguments = ["train", "--config", tmp_path / "broken.py", "--workdir", tmp_path / "run"]
+    fails(capsys, arguments, 2, "broken.py", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_arithmetic_error_is_reported(config_file, tmp_path, monkeypatch, capsys):
+    """As those that a builder raises for numbers which no range foresees."""
+
+    def divide(config):
+        return 1 / 0
+
+    monkeypatch.setattr("jaxdiff.training.run.prepare", divide)
+    arguments = ["train", "--config", config_file, "--workdir", tmp_path / "run"]
+    fails(capsys, arguments, 2, "division by zero")
 
 
 def test_data_with_nan_are_refused(config_file, tmp_path, capsys):

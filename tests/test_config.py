@@ -43,7 +43,7 @@ def test_overrides_take_the_type_of_what_they_replace():
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--config.train.stesp=1", ["config.train.stesp", "'steps'"]),
+        ("--config.train.stesp=1", ["config.train.stesp", "did you mean steps"]),
         ("--config.trian.steps=1", ["config.trian", "'train'"]),
         ("--config.train.steps=abc", ["config.train.steps", "int", "'abc'"]),
         ("--config.train.steps=1.5", ["config.train.steps", "int", "'1.5'"]),
@@ -64,16 +64,25 @@ def test_a_bad_override_names_the_key_and_what_is_accepted(argument, words):
 @pytest.mark.parametrize(
     ("section", "value", "error", "words"),
     [
-        ("train", {"steps": 5, "batchsize": 3}, ValueError, ["batchsize", "'batch_size'"]),
+        ("train", {"steps": 5, "batchsize": 3}, ValueError, ["batchsize", "did you mean batch_size"]),
         ("train", {}, ValueError, ["config.train.steps", "missing"]),
         ("train", {"steps": "5"}, TypeError, ["config.train.steps", "int", "'5'"]),
         ("train", {"steps": True}, TypeError, ["config.train.steps", "int", "True"]),
         ("train", 3, TypeError, ["config.train", "section", "3"]),
-        ("process", {"name": "vp_linaer"}, ValueError, ["vp_linaer", "'vp_linear'"]),
+        ("process", {"name": "vp_linaer"}, ValueError, ["vp_linaer", "did you mean vp_linear"]),
         ("process", {"name": "edm", "beta_max": 1.0}, ValueError, ["beta_max", "'edm'"]),
         ("process", {}, ValueError, ["config.process.name", "vp_cosine"]),
         ("model", {"name": "dit", "qk_norm": 3}, TypeError, ["qk_norm", "str", "3"]),
-        ("modle", {}, ValueError, ["config.modle", "'model'"]),
+        ("model", {"name": "dit", "width": 0}, ValueError, ["model.width", "at least 1", "0"]),
+        ("model", {"name": "mlp", "depth": -1}, ValueError, ["model.depth", "at least 1", "-1"]),
+        ("model", {"name": "mlp", "time_scale": float("inf")}, ValueError, ["time_scale", "inf"]),
+        ("model", {"name": "unet", "multipliers": (1, 0)}, ValueError, ["positive", "(1, 0)"]),
+        ("model", {"name": "unet", "multipliers": (1, "2")}, TypeError, ["int", "(1, '2')"]),
+        ("data", {"name": "photo_patches", "stride": 0}, ValueError, ["data.stride", "0"]),
+        ("denoiser", {"sigma_data": 0.0}, ValueError, ["sigma_data", "positive", "0.0"]),
+        ("evaluate", {"guidance": ("a",)}, TypeError, ["evaluate.guidance", "float", "('a',)"]),
+        ("evaluate", {"guidance": (1.0, float("nan"))}, ValueError, ["guidance", "finite"]),
+        ("modle", {}, ValueError, ["config.modle", "did you mean model"]),
     ],
 )
 def test_a_bad_section_names_the_key_and_what_is_accepted(section, value, error, words):
@@ -107,6 +116,7 @@ def test_difference_lists_exactly_what_changed(tmp_path):
         ("def get_config(:", ValueError, "not a Python file"),
         ("x = 1", ValueError, "no function get_config()"),
         ("def get_config(): return 3", TypeError, "int"),
+        ("x = 1\nimport math, maths", ValueError, "line 2: ModuleNotFoundError"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, error, word):

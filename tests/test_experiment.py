@@ -109,6 +109,29 @@ def test_a_tableau_by_names_is_the_builders():
     assert set(GRIDS) >= {"half_log_snr", "uniform", "karras", "trailing"}
 
 
+def test_preconditioning_is_refused_where_its_time_is_infinite():
+    denoiser = {"prediction": "x0", "precondition": True}
+    model = {"name": "mlp", "width": 8, "depth": 1}
+    whole = image_config(process={"name": "flow"}, model=model, denoiser=denoiser)
+    with pytest.raises(ValueError, match=r"alpha = 0.*t_max = 1.*config.process.t_max below 1"):
+        make_experiment(whole, (2,), 3)
+    short = image_config(process={"name": "flow", "t_max": 0.99}, model=model, denoiser=denoiser)
+    experiment = make_experiment(short, (2,), 3)
+    variables = jax.jit(experiment.init)(jax.random.key(0))
+    tableau = make_tableau(experiment.process, "ddim", 2, "uniform")
+    # Around a network that is 0 (as initialised) all is finite, which `generate` checks.
+    assert generate(experiment, variables, tableau, np.array([0]), 1, seed=0).shape == (1, 2)
+
+
+def test_digit_features_need_the_digits():
+    evaluate = {"features": "digits"}
+    config = image_config(data={"name": "photo_patches", "size": 8}, evaluate=evaluate)
+    experiment = make_experiment(config, (8, 8, 1), 10)
+    with pytest.raises(ValueError, match="config.data.name 'digits', got 'photo_patches'"):
+        evaluation.check_evaluation(experiment)
+    evaluation.check_evaluation(make_experiment(image_config(evaluate=evaluate), (8, 8, 1), 10))
+
+
 class Wrong(nn.Module):
     """Returns one channel too many."""
 
@@ -151,6 +174,16 @@ def test_labels_are_checked(still):
     tableau = make_tableau(experiment.process, "ddim", 1, "uniform")
     with pytest.raises(ValueError, match="label 3 is out of range: labels are 0 to 2"):
         generate(experiment, variables, tableau, np.array([3]), 1, seed=0)
+    with pytest.raises(ValueError, match="label 4294967297 is out of range"):
+        experiment.check_labels([2**32 + 1])
+    with pytest.raises(ValueError, match=f"label {-(10**30)} is out of range"):
+        experiment.check_labels([0, -(10**30)])
+    for labels in (np.array([1.5]), [True], ["1"]):
+        with pytest.raises(ValueError, match="labels must be integers, got"):
+            experiment.check_labels(labels)
+    assert experiment.check_labels(np.array([0, 2], np.uint64)).dtype == np.int32
+    with pytest.raises(ValueError, match="seed must be from 0 to 4294967295, got 4294967296"):
+        generate(experiment, variables, tableau, np.array([1]), 1, seed=2**32)
     with pytest.raises(ValueError, match="a label for each sample"):
         generate(experiment, variables, tableau, None, 1, seed=0)
     unlabelled = Experiment(experiment.config, experiment.process, experiment.module, (2,), None)

@@ -238,3 +238,29 @@ def test_a_grid_is_a_pytree():
     np.testing.assert_array_equal(structure.unflatten(leaves).lam, grid.lam)
     doubled = jax.jit(lambda g: g.insert(0.0))(jax.tree.map(jnp.asarray, grid))
     np.testing.assert_allclose(doubled.lam, grid.insert(0.0).lam, atol=1e-5)
+
+
+def test_jax_arrays_with_known_values_live_on_the_host():
+    """Without x64 a grid of jnp arrays is the float64 grid of the same numbers; tracers stay."""
+    t = np.float32([0.9, 0.5, 0.2])
+    for got in (
+        grids.from_times(VP, jnp.asarray(t)),
+        grids.from_times(processes.vp_linear(jnp.float32(0.1), jnp.float32(20.0)), t),
+        grids.uniform(VP, 3, t_max=jnp.float32(0.9)),
+        grids.karras(VP, 3, rho=jnp.float32(7.0)),
+    ):
+        assert {type(a) for a in (got.t, got.alpha, got.sigma, got.lam)} == {np.ndarray}
+        assert isinstance(got.at(0.1)[1], np.floating)
+    alpha, sigma = VP.alpha(t), VP.sigma(t)
+    np.testing.assert_array_equal(grids.from_times(VP, jnp.asarray(t)).alpha, alpha)
+    arrays = grids.from_arrays(*map(jnp.asarray, (t, alpha, sigma)))
+    assert arrays.xp is np and arrays.alpha.dtype == np.float64
+    np.testing.assert_array_equal(arrays.sigma, np.float64(np.float32(sigma)))
+    jax.jit(lambda t: None if grids.from_times(VP, t).xp is jnp else 1 / 0)(jnp.asarray(t))
+
+
+def test_traced_times_are_the_same_as_known_ones(x64):
+    """Inside the process's span: eager and jitted agree, with no end assumed."""
+    t = np.linspace(0.9, 0.1, 5)
+    lam = jax.jit(lambda t: grids.from_times(FLOW, t).lam)(jnp.asarray(t))
+    np.testing.assert_allclose(lam, grids.from_times(FLOW, t).lam, rtol=1e-12)

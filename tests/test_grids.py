@@ -12,6 +12,7 @@ VP = processes.vp_linear()
 EDM = processes.edm()
 FLOW = processes.flow()
 DDPM = processes.ddpm()
+ZERO = processes.zero_terminal_snr(DDPM)
 every_process = pytest.mark.parametrize("process", SPANS.values(), ids=SPANS)
 few_steps = pytest.mark.parametrize("steps", [1, 2, 3, 10])
 
@@ -237,6 +238,14 @@ def test_steps_must_be_a_positive_integer(steps):
         (lambda: grids.leading(DDPM, 1, end="t_min"), ValueError, "use end='zero'"),
         (lambda: grids.half_log_snr(VP, 4).insert(99.0), ValueError, "99.0 is not between"),
         (lambda: grids.uniform(VP, 4).insert(np.nan), ValueError, "nan is not between"),
+        (lambda: grids.from_times(DDPM, [1200.0, 500.0]), ValueError, r"in \[0, 999\], got .1200"),
+        (lambda: grids.from_times(ZERO, [900.0, -1.0]), ValueError, r"in \[0, 999\], got"),
+        (lambda: grids.uniform(DDPM, 3, t_max=1200.0), ValueError, r"in \[0, 999\], got .1200"),
+        (lambda: grids.half_log_snr(DDPM, 3, t_max=1200.0), ValueError, r"in \[0, 999\], got"),
+        (lambda: grids.uniform(DDPM, 4).at(-6.0), ValueError, r"-6.0 lies outside the process's"),
+        (lambda: grids.uniform(DDPM, 4).at(np.array([0.0, 9.0])), ValueError, "outside the proc"),
+        (lambda: grids.trailing(DDPM, 4).insert(9.0), ValueError, "9.0 lies outside the process's"),
+        (lambda: grids.trailing(ZERO, 4).at(9.0), ValueError, "9.0 lies outside the process's"),
         (lambda: as_arrays(grids.uniform(VP, 4)).rates(), ValueError, "no process"),
         (lambda: as_arrays(grids.uniform(VP, 4)).at(9.0), ValueError, "9.0 lies outside"),
         (lambda: as_arrays(grids.uniform(FLOW, 2)).at(0.0), ValueError, "two nodes with finite"),

@@ -382,6 +382,7 @@ def call(prediction="eps", x0=None, t=0.5, eps=None, out=None, **options):
         ({"weighting": "min_snrr"}, ValueError, "'min_snrr'; did you mean min_snr.*choose from"),
         ({"weighting": 3}, ValueError, "unknown weighting 3"),
         ({"weighting": "min_snr", "k": 5}, ValueError, r"no option 'k'; it takes \['gamma'\]"),
+        ({"weighting": "min_snr", "gamma": "five"}, TypeError, "'min_snr': gamma.*'five'"),
         ({"weighting": "min_snr", "gamma": -1.0}, ValueError, "gamma must be positive, got -1.0"),
         ({"weighting": "edm", "sigma_data": 0.0}, ValueError, "sigma_data must be positive"),
         ({"weighting": "p2", "k": 0.0}, ValueError, "k must be positive"),

@@ -255,7 +255,9 @@ def replayed():
             padded = jd.solvers.stack([tableau for _, tableau, _ in members])
             draws = max(tableau.draws for _, tableau, _ in members)
             for i, (case, tableau, model) in enumerate(members):
+                # A stack is as blind as its blindest table; alone, each is its own.
                 table = jax.tree.map(lambda a, i=i: a[i], padded)
+                table = dataclasses.replace(table, blind=tableau.blind)
                 noise = None
                 if noisy:  # of one shape too: count the draws from a later one
                     unused = draws - tableau.draws

@@ -260,6 +260,23 @@ def test_prior_has_the_span_s_noise(process, std):
     assert abs(std - float(process.sigma(process.t_max))) < 1e-4 * std
 
 
+@pytest.mark.parametrize(
+    "process, std",
+    [(processes.flow(t_max=0.9), math.hypot(0.1, 0.9)),
+     (processes.flow(3.0, t_max=0.5), math.hypot(0.25, 0.75)),
+     (processes.vp_linear(t_max=0.3), 1.0), (processes.vp_cosine(t_max=0.5), 1.0),
+     (processes.sub_vp(t_max=0.3),
+      math.hypot(math.exp(-0.09 * 19.9 / 4 - 0.015), 1 - math.exp(-0.09 * 19.9 / 2 - 0.03)))],
+)  # fmt: skip
+def test_prior_of_a_span_that_stops_short_of_noise(process, std):
+    """sqrt(alpha^2 + sigma^2): what data of unit variance have at t_max."""
+    assert float(process.prior_std) == pytest.approx(std, rel=1e-12)
+    x0, eps = np.random.default_rng(0).normal(size=(2, 100_000))
+    assert np.std(process.perturb(x0, eps, process.t_max)) == pytest.approx(std, rel=0.01)
+    x = process.prior(jax.random.key(0), (100_000,))
+    assert np.std(np.asarray(x)) == pytest.approx(std, rel=0.01)
+
+
 def test_prior_belongs_to_each_sample():
     process = processes.edm()
     keys = jd.sample_keys(jax.random.key(1), np.arange(6))

@@ -234,8 +234,9 @@ def test_the_gradient_is_finite_where_the_grid_has_ends(x64, name):
         np.testing.assert_allclose(gradient[i], slope, rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradient_reaches_eta(x64):
-    grid = jd.grids.half_log_snr(PROCESS, 5)
+@pytest.mark.parametrize("end", ["t_min", "zero"])
+def test_the_gradient_reaches_eta(x64, end):
+    grid = jd.grids.half_log_snr(PROCESS, 5, end=end)
     x = PROCESS.prior(jax.random.key(0), (4, 2), jnp.float64)
 
     def end(eta):
@@ -309,21 +310,34 @@ def test_save_nodes_are_the_solution_at_the_grids_nodes(x64):
     """One run's nodes are the ends of runs over the grid's first k steps, inner stages left out."""
     grid = jd.grids.half_log_snr(PROCESS, 4)
     x = PROCESS.prior(jax.random.key(0), (4, 2), jnp.float64)
-    for name in ("heun", "dpm_solver_pp_3m_singlestep", "euler_churn"):
+    for name in ("heun", "dpm_solver_pp_3m_singlestep", "euler_churn", "heun_churn"):
         options = {"lower_order_final": False} if name.startswith("dpm") else {}
         tableau = jd.solvers.build(name, grid, **options)
         noise = jnp.asarray(np.random.default_rng(8).normal(size=(max(tableau.draws, 1), 4, 2)))
         nodes = jd.sample(mixture(), tableau, x, noise=noise[: tableau.draws] if tableau.draws else None,
                           save="nodes")  # fmt: skip
         assert nodes.shape == (5, 4, 2)
-        for k in (2, 3):
+        np.testing.assert_array_equal(nodes[0], x)
+        for k in range(1, 5):
             part = jd.grids.from_times(PROCESS, grid.t[: k + 1])
             # Churn is s_churn / steps a step.
-            if name == "euler_churn":
+            if "churn" in name:
                 options = {"s_churn": 10.0 * k / 4}
             short = jd.solvers.build(name, part, **options)
             end = jd.sample(mixture(), short, x, noise=noise[: short.draws] if short.draws else None)
             np.testing.assert_allclose(nodes[k], end, rtol=1e-10)
+
+
+def test_the_first_node_is_x_T_also_in_one_churned_step_to_sigma_zero(x64):
+    grid = jd.grids.uniform(PROCESS, 1, end="zero")
+    x = PROCESS.prior(jax.random.key(0), (4, 2), jnp.float64)
+    for solver in (jd.solvers.euler, jd.solvers.heun):
+        tableau = solver(grid, s_churn=0.3)
+        nodes = jd.sample(mixture(), tableau, x, jax.random.key(1), save="nodes")
+        np.testing.assert_array_equal(nodes[0], x)
+        np.testing.assert_array_equal(
+            nodes[1], jd.sample(mixture(), tableau, x, jax.random.key(1))
+        )
 
 
 def test_a_progress_meter_reports(capsys):

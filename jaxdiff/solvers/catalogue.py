@@ -1,11 +1,10 @@
 """The one list of solvers: it drives the tests, the README's table, `--solver` and its errors."""
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxdiff.grids import Grid
+from jaxdiff.names import check_options, unknown
 from jaxdiff.solvers.dpm_solver_pp import dpm_solver_pp_multistep
 from jaxdiff.solvers.first_order import ddim, ddpm
 from jaxdiff.solvers.sigma import euler, heun
@@ -145,21 +144,17 @@ def find(name: str) -> tuple[Entry, Mapping[str, Any]]:
         setting = entry.settings.get(entry.aliases.get(name, name))
         if setting is not None:
             return entry, setting.options
-    close = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(close)}? " if close else ""
-    raise ValueError(f"unknown solver {name!r}; {hint}choose from {', '.join(names())}")
+    raise ValueError(unknown("unknown solver", name, names()))
 
 
-def build(name: str, grid: Grid, **options: Any) -> Tableau:
+def build(name: str, grid: Grid, /, **options: Any) -> Tableau:
     """Build a solver by name: `build("unipc", grid, order=3)`. For configurations and commands.
 
-    Raises ValueError for an unknown name or option, with the accepted ones.
+    Raises ValueError for an unknown name or option, with the accepted ones; TypeError for text as
+    an option that takes none; and what the builder raises.
     """
     entry, preset = find(name)
-    accepted = list(inspect.signature(entry.build).parameters)[1:]
-    for option in options:
-        if option not in accepted:
-            raise ValueError(f"solver {name!r} has no option {option!r}; it takes {accepted}")
+    check_options(f"solver {name!r}", entry.build, options, skip=1)
     return entry.build(grid, **{**preset, **options})
 
 

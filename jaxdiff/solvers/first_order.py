@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
@@ -49,7 +48,7 @@ def ddim(
         raise ValueError(f"outputs must be 1 or 2, got {outputs!r}")
     concrete = is_concrete(eta)
     if concrete:
-        if not isinstance(eta, (int, float, np.ndarray, np.number, jax.Array)):
+        if isinstance(eta, bool) or not isinstance(eta, ArrayLike):
             raise TypeError(f"eta must be a number or an array, got {eta!r}")
         eta = np.asarray(eta, np.float64)
         if not np.all(eta >= 0):

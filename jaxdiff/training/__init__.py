@@ -8,13 +8,12 @@ from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.loop import train
 from jaxdiff.training.run import Plan, prepare, read_experiment, restore
 from jaxdiff.training.state import State, init_state, make_optimizer, make_schedule
-from jaxdiff.training.step import data_mesh, make_step, shardings
+from jaxdiff.training.step import make_step, shardings
 
 __all__ = [
     "Checkpoints",
     "Plan",
     "State",
-    "data_mesh",
     "init_state",
     "make_optimizer",
     "make_schedule",

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff.experiment import Experiment
+from jaxdiff.parallel import mesh
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.run import (
     CHECKPOINTS,
@@ -20,7 +21,7 @@ from jaxdiff.training.run import (
     open_run,
 )
 from jaxdiff.training.state import State, make_schedule
-from jaxdiff.training.step import data_mesh, shardings
+from jaxdiff.training.step import shardings
 from jaxdiff.training.writers import ConsoleWriter, JSONLinesWriter, TensorBoardWriter
 
 Hook = Callable[[Experiment, State], None]
@@ -41,8 +42,7 @@ def train(
     config, settings = experiment.config, experiment.config.train
     open_run(experiment, workdir)
 
-    mesh = data_mesh()
-    over_examples, replicated = shardings(mesh)
+    over_examples, replicated = shardings(mesh())
     stream = batches(config, plan.source)
     initial = jax.jit(plan.init, out_shardings=replicated)
     train_step = jax.jit(

@@ -17,10 +17,11 @@ from jaxdiff.data.loader import Source
 from jaxdiff.evaluation import check_evaluation
 from jaxdiff.experiment import Experiment, make_experiment, make_source
 from jaxdiff.files import write_text
+from jaxdiff.parallel import mesh
 from jaxdiff.settings import SECTIONS
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.state import State, init_state, make_optimizer
-from jaxdiff.training.step import Step, data_mesh, make_step, shardings
+from jaxdiff.training.step import Step, make_step, shardings
 from jaxdiff.training.writers import require_tensorboard
 
 CONFIG = "config.json"
@@ -44,16 +45,8 @@ class Plan:
 def prepare(config: ConfigDict) -> Plan:
     """Build and check everything a run needs. Raises ValueError, TypeError, FileNotFoundError,
     ImportError."""
+    config = configuration.complete(config, SECTIONS)  # it may have been changed since
     settings = config.train
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
-        if settings[name] < 1:
-            raise ValueError(f"config.train.{name} must be at least 1, got {settings[name]}")
-    if settings.sample_every < 0:
-        raise ValueError(
-            f"config.train.sample_every must be at least 0, got {settings.sample_every}"
-        )
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"config.train.ema_decay must lie in [0, 1), got {settings.ema_decay}")
     if settings.batch_size % jax.device_count():
         raise ValueError(
             f"config.train.batch_size must be a multiple of the {jax.device_count()} devices, got "
@@ -134,7 +127,7 @@ def restore(experiment: Experiment, workdir: str | Path) -> State:
 
 def abstract_state(init: Callable[[], State]) -> State:
     """Shapes, dtypes and shardings of the state that `init` makes."""
-    replicated = shardings(data_mesh())[1]
+    replicated = shardings(mesh())[1]
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(init),

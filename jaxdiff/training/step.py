@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff import losses
 from jaxdiff.experiment import Experiment
@@ -59,11 +59,6 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation) -
         return State(params, opt_state, ema, state.step + 1, state.key), metrics
 
     return train_step
-
-
-def data_mesh() -> jax.sharding.Mesh:
-    """All devices on one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def shardings(mesh: jax.sharding.Mesh) -> tuple[NamedSharding, NamedSharding]:

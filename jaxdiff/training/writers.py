@@ -4,19 +4,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
 from jaxdiff.files import write_text
-
-
-class Writer(Protocol):
-    """Takes the metrics of a step. `close` is called once."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class ConsoleWriter:

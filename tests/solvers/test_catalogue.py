@@ -191,7 +191,10 @@ def test_names_are_unique():
         ("ddpm", {"variance": "big"}, "variance must be 'fixed_small' or 'fixed_large'"),
         ("dpm_solver_pp_multistep", {"order": 4}, "order must be 1, 2 or 3, got 4"),
         ("dpm_solver_pp_multistep", {"start": "rampp"}, "start must be one of"),
+        ("dpm_solver_pp_multistep", {"order": True}, "order must be 1, 2 or 3, got True"),
         ("unipc", {"order": 0}, "order must be 1, 2 or 3, got 0"),
+        ("unipc", {"order": 2.0}, "order must be 1, 2 or 3, got 2.0"),
+        ("ddim", {"outputs": True}, "outputs must be 1 or 2, got True"),
         ("unipc", {"variant": "bh3"}, "variant must be 'bh1' or 'bh2'"),
         ("unipc", {"corrector": [True]}, "corrector must be one flag or 4, got 1"),
         ("heun", {"s_churn": -1.0}, "s_churn=-1.0"),
@@ -200,6 +203,28 @@ def test_names_are_unique():
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         jd.solvers.build(name, jd.grids.half_log_snr(PROCESS, 4), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ddim", {"eta": None}, "eta must be a number or an array, got None"),
+        ("ddim", {"eta": True}, "eta must be a number or an array, got True"),
+        ("unipc", {"corrector": None}, "corrector must be one flag or a sequence of 4, got None"),
+        ("euler", {"s_churn": None}, "s_churn must be a number known on the host, got None"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(name, options, message):
+    with pytest.raises(TypeError, match=message):
+        jd.solvers.build(name, jd.grids.half_log_snr(PROCESS, 4), **options)
+
+
+def test_numbers_in_jax_arrays_build_on_the_host():
+    """A concrete eta, or a grid of concrete JAX arrays, makes the float64 table of its numbers."""
+    grid = jd.grids.half_log_snr(PROCESS, 4)
+    table = jd.solvers.ddim(grid, jnp.float32(0.5))
+    assert isinstance(table.A, np.ndarray)
+    np.testing.assert_array_equal(table.C, jd.solvers.ddim(grid, 0.5).C)
 
 
 def test_noise_does_not_run_backward():

@@ -86,3 +86,59 @@ def test_the_protocol_sees_a_broken_coefficient():
 
     table = errors([("inner", broken(steps)) for steps in STEPS])
     assert fitted_order(STEPS, table) < 1.5
+
+
+# --- weak order -----------------------------------------------------------------------------------
+
+WEAK_STEPS = (20, 40, 80, 160)
+WEAK = {
+    name: (entry, setting)
+    for entry in jd.solvers.CATALOGUE.values()
+    for name, setting in entry.settings.items()
+    if not setting.deterministic
+}
+
+
+def weak_errors(tables):
+    """Errors of the variance of data N(0, 0.5^2), exactly: a sampler is linear in (x_T, z_1, ...).
+
+    Row k of a batch carries a 1 in place of the k-th of those independent normals, so the variance is
+    a sum of squares.
+    """
+    std, (t_max, t_min) = 0.5, SPANS["whole"]
+    first, last = (
+        (PROCESS.alpha(t) * std) ** 2 + PROCESS.sigma(t) ** 2 for t in (t_max, t_min)
+    )  # fmt: skip
+    draws = max(table.draws for table in tables)
+    basis = np.eye(1 + draws)
+    with jax.enable_x64(True):
+        denoiser = jd.gaussian_mixture(np.zeros((1, 1)), np.array([std]), np.ones(1), PROCESS)
+        x, noise = jnp.asarray(basis[:, :1]), jnp.asarray(basis[1:, :, None])
+        run = jax.vmap(lambda table: jd.sample(denoiser, table, x, noise=noise))
+        ends = np.asarray(run(jd.solvers.stack(tables)))[..., 0]
+    variance = ends[:, 0] ** 2 * first + (ends[:, 1:] ** 2).sum(1)
+    return np.abs(variance - last)
+
+
+def weak_tables(name):
+    entry, setting = WEAK[name]
+    return [entry.build(grid("whole", steps), **setting.options) for steps in WEAK_STEPS]
+
+
+@functools.cache
+def weak_orders():
+    errors = weak_errors([table for name in WEAK for table in weak_tables(name)])
+    rows = errors.reshape(len(WEAK), len(WEAK_STEPS))
+    return {name: fitted_order(WEAK_STEPS, row) for name, row in zip(WEAK, rows)}
+
+
+@pytest.mark.xdist_group("order")
+@pytest.mark.parametrize("name", WEAK)
+def test_weak_order_is_the_stated_one(name):
+    assert weak_orders()[name] >= WEAK[name][1].order - 0.25
+
+
+@pytest.mark.xdist_group("order")
+def test_the_weak_protocol_sees_too_little_noise():
+    quiet = [dataclasses.replace(table, C=0.95 * table.C) for table in weak_tables("ddpm")]
+    assert fitted_order(WEAK_STEPS, weak_errors(quiet)) < 0.5

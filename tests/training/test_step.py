@@ -6,9 +6,10 @@ from tiny_run import tiny_config
 
 from jaxdiff import losses
 from jaxdiff.noise import normal, sample_keys
+from jaxdiff.parallel import mesh
 from jaxdiff.training.run import batches, prepare
 from jaxdiff.training.state import make_optimizer, make_schedule
-from jaxdiff.training.step import data_mesh, shardings
+from jaxdiff.training.step import shardings
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +19,19 @@ def plan(tmp_path_factory):
     )
 
 
-def run(plan, steps, mesh=None):
+def run(plan, steps, devices=None):
     """(states after each step, losses)"""
     jit = jax.jit(plan.step)
     state = jax.jit(plan.init)()
     place = lambda tree, at: tree  # noqa: E731
-    if mesh is not None:
-        over_examples, replicated = shardings(mesh)
+    if devices is not None:
+        over_examples, replicated = shardings(devices)
         jit = jax.jit(plan.step, out_shardings=(replicated, replicated))
         state, place = jax.device_put(state, replicated), jax.device_put
     stream = batches(plan.experiment.config, plan.source)
     states, found = [state], []
     for _ in range(steps):
-        batch = place(next(stream), None if mesh is None else over_examples)
+        batch = place(next(stream), None if devices is None else over_examples)
         state, metrics = jit(state, batch)
         states.append(state)
         found.append(float(metrics["loss"]))
@@ -80,8 +81,8 @@ def test_a_step_is_the_optimizer_on_the_mean_score_matching_loss(plan):
 
 def test_eight_devices_follow_the_loss_curve_of_one(plan):
     _, one = run(plan, 50)
-    _, eight = run(plan, 50, data_mesh())
-    assert data_mesh().size == 8
+    _, eight = run(plan, 50, mesh())
+    assert mesh().size == 8
     np.testing.assert_allclose(eight, one, rtol=2e-4)
     assert one[-10:].mean() < one[:10].mean()  # and it learns
 
@@ -107,6 +108,11 @@ def test_schedule_warms_up_then_follows_half_a_cosine(tmp_path):
         ("--config.optimizer.learning_rate=nan", "learning_rate"),
         ("--config.optimizer.warmup_steps=-1", "warmup_steps"),
         ("--config.optimizer.clip_norm=-1", "clip_norm"),
+        ("--config.optimizer.b1=2.0", r"config.optimizer.b1 must be in \[0, 1\), got 2.0"),
+        ("--config.optimizer.b2=-0.1", r"config.optimizer.b2 must be in \[0, 1\), got -0.1"),
+        ("--config.optimizer.eps=0", "config.optimizer.eps must be positive, got 0.0"),
+        ("--config.optimizer.end_fraction=-3", r"end_fraction must be in \[0, 1\], got -3.0"),
+        ("--config.optimizer.weight_decay=-1", "weight_decay must be at least 0, got -1.0"),
     ],
 )
 def test_a_bad_optimizer_is_named(tmp_path, override, word):
