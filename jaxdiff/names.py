@@ -15,7 +15,7 @@ def unknown(what: str, name: Any, known: Iterable[str], listing: str = "choose f
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """"did you mean a or b? " with the names closest to `name`, or nothing."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3)
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 

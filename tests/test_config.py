@@ -44,7 +44,7 @@ def test_overrides_take_the_type_of_what_they_replace():
     ("argument", "words"),
     [
         ("--config.train.stesp=1", ["config.train.stesp", "did you mean steps"]),
-        ("--config.trian.steps=1", ["config.trian", "'train'"]),
+        ("--config.trian.steps=1", ["config.trian", "did you mean train"]),
         ("--config.train.steps=abc", ["config.train.steps", "int", "'abc'"]),
         ("--config.train.steps=1.5", ["config.train.steps", "int", "'1.5'"]),
         ("--config.train.steps.x=1", ["config.train.steps", "'x'"]),

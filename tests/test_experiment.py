@@ -115,10 +115,16 @@ def test_preconditioning_is_refused_where_its_time_is_infinite():
     whole = image_config(process={"name": "flow"}, model=model, denoiser=denoiser)
     with pytest.raises(ValueError, match=r"alpha = 0.*t_max = 1.*config.process.t_max below 1"):
         make_experiment(whole, (2,), 3)
-    short = image_config(process={"name": "flow", "t_max": 0.99}, model=model, denoiser=denoiser)
+    short = image_config(
+        process={"name": "flow", "t_max": 0.99}, model=model, denoiser=denoiser,
+        sample={"grid": "uniform"},
+    )  # fmt: skip
     experiment = make_experiment(short, (2,), 3)
     variables = jax.jit(experiment.init)(jax.random.key(0))
     tableau = make_tableau(experiment.process, "ddim", 2, "uniform")
+    whole_grid = make_tableau(experiment.process, "ddim", 2, "uniform", {}, {"t_max": 1.0})
+    with pytest.raises(ValueError, match="alpha = 0, where this grid starts"):
+        experiment.check_sampler(whole_grid, 1.0)
     # Around a network that is 0 (as initialised) all is finite, which `generate` checks.
     assert generate(experiment, variables, tableau, np.array([0]), 1, seed=0).shape == (1, 2)
 

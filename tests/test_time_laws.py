@@ -170,7 +170,7 @@ def test_pieces_of_a_batch_draw_the_whole_batchs_times(stratified):
     ("arguments", "message"),
     [
         ({"law": "logitnormal"}, "'logitnormal'; did you mean logit_normal.*choose from"),
-        ({"law": "uniform", "std": 1.0}, r"time law 'uniform' has no option 'std'; it takes \['stratified'\]"),
+        ({"law": "uniform", "std": 1.0}, r"'uniform' has no option 'std'; it takes \['stratified'\]"),
         ({"stratifed": True}, r"did you mean stratified\? it takes \['stratified'\]"),
         ({"law": "logit_normal", "std": 0.0}, "std must be positive"),
         ({"law": "mode", "scale": 2.0}, r"\[-1, 2 / \(pi - 2\)\], got 2.0"),

@@ -151,5 +151,3 @@ def check_batch(batch: Mapping[str, np.ndarray], experiment: Experiment, step: i
                 f"the labels of step {step} must be 0 to {experiment.num_classes - 1}, got "
                 f"{label.min()} to {label.max()}"
             )
-
-
