@@ -37,6 +37,7 @@ class Problem(NamedTuple):
 
 
 def check_form(form: Any) -> None:
+    """Raise ValueError unless `form` is one of `FORMS`."""
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose from {list(FORMS)}")
 

@@ -30,6 +30,7 @@ from jaxdiff.noise import normal
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is part of the tree's structure."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -62,6 +63,7 @@ def floating(value: ArrayLike, process: Any = None) -> tuple[Any, Any]:
 
 
 def softplus(xp: Any, x: ArrayLike) -> Any:
+    """log(1 + exp(x)) in the namespace `xp`."""
     return xp.logaddexp(xp.zeros_like(x), x)
 
 
@@ -157,11 +159,13 @@ class VariancePreserving(Process):
 
 
 def half_log_snr_of_log_alpha(xp: Any, log_alpha: Any) -> Any:
+    """lambda of a variance-preserving process: log alpha - log(1 - alpha^2) / 2."""
     with np.errstate(divide="ignore"):
         return log_alpha - 0.5 * xp.log(-xp.expm1(2.0 * log_alpha))
 
 
 def check_span(t_min: float, t_max: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= t_min < t_max <= high."""
     if not low <= t_min < t_max <= high:
         raise ValueError(
             f"need {low:g} <= t_min < t_max <= {high:g}, got t_min={t_min!r}, t_max={t_max!r}"
@@ -169,6 +173,7 @@ def check_span(t_min: float, t_max: float, low: float, high: float) -> None:
 
 
 def check_positive(**values: ArrayLike) -> None:
+    """Raise ValueError, with its name, for a value that is not positive; traced ones pass."""
     for name, value in values.items():
         if not isinstance(value, jax.Array) and not np.all(np.asarray(value) > 0):
             raise ValueError(f"{name} must be positive, got {value!r}")

@@ -135,6 +135,7 @@ def abstract_state(init: Callable[[], State]) -> State:
 
 
 def batches(config: ConfigDict, source: Source) -> Any:
+    """This process's iterator of batches, decided by config.seed and the step."""
     return loader(
         source, config.train.batch_size, config.seed, flip=config.train.flip,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -142,6 +143,7 @@ def batches(config: ConfigDict, source: Source) -> Any:
 
 
 def check_batch(batch: Mapping[str, np.ndarray], experiment: Experiment, step: int) -> None:
+    """Raise ValueError, naming the step, for data that are not finite or labels out of range."""
     if not np.all(np.isfinite(batch["x"])):
         raise ValueError(f"the data of step {step} hold NaN or infinite values")
     if experiment.num_classes is not None:
