@@ -78,7 +78,7 @@ class EDM(Process):
 def ve(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> VE:
     """Variance exploding: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
 
-    Song et al. 2021, equation 31. Raises ValueError unless 0 < sigma_min < sigma_max.
+    Song et al. 2021. Raises ValueError unless 0 < sigma_min < sigma_max.
     """
     check_positive(sigma_min=sigma_min, sigma_max=sigma_max)
     if is_concrete(sigma_min, sigma_max) and not sigma_min < sigma_max:

@@ -54,7 +54,7 @@ def flow(shift: ArrayLike = 1.0, t_min: float = 0.0, t_max: float = 1.0) -> Flow
     """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [0, 1].
 
     Liu et al., "Flow Straight and Fast" (2022); the resolution shift is that of Esser et al.,
-    "Scaling Rectified Flow Transformers" (2024), equation 23. Both ends are exact: alpha(1) = 0,
+    "Scaling Rectified Flow Transformers" (2024). Both ends are exact: alpha(1) = 0,
     sigma(0) = 0. A network that wants u rather than t takes it as sigma.
     """
     check_positive(shift=shift)

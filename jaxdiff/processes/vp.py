@@ -160,7 +160,7 @@ def vp_linear(
     """Variance preserving, beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1].
 
     log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, sigma^2 = 1 - alpha^2
-    (Song et al. 2021, equation 33). Raises ValueError for a span outside [0, 1] or betas out of
+    (Song et al. 2021). Raises ValueError for a span outside [0, 1] or betas out of
     order.
     """
     _check_betas(beta_min, beta_max)
@@ -171,7 +171,7 @@ def vp_linear(
 def sub_vp(
     beta_min: ArrayLike = 0.1, beta_max: ArrayLike = 20.0, t_min: float = 1e-3, t_max: float = 1.0
 ) -> SubVP:
-    """Sub-VP: alpha of `vp_linear`, sigma = 1 - alpha^2 (Song et al. 2021, equation 36)."""
+    """Sub-VP: alpha of `vp_linear`, sigma = 1 - alpha^2 (Song et al. 2021)."""
     _check_betas(beta_min, beta_max)
     check_span(t_min, t_max, 0.0, 1.0)
     return SubVP(beta_min=beta_min, beta_max=beta_max, t_min=t_min, t_max=t_max)
@@ -182,7 +182,7 @@ def vp_cosine(
 ) -> VPCosine:
     """Variance preserving with alpha(t) = cos((t + s) / (1 + s) pi/2) / cos(s / (1 + s) pi/2).
 
-    Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), equation 17.
+    Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021).
     `shift` is added to lambda (see `shifted_cosine`). The default t_max keeps alpha away from 0 as
     DPM-Solver does; t_max=1 is zero terminal SNR. Raises ValueError for s < 0 or a span outside
     [0, 1].
@@ -199,7 +199,7 @@ def shifted_cosine(
     """Cosine schedule shifted for a resolution.
 
     lambda(t) = -log tan(pi t / 2) + log(base / resolution);
-    Hoogeboom, Heek & Salimans, "simple diffusion" (2023), equation 3 (there for 2 lambda).
+    Hoogeboom, Heek & Salimans, "simple diffusion" (2023; there for 2 lambda).
     """
     check_positive(resolution=resolution, base=base)
     check_span(t_min, t_max, 0.0, 1.0)

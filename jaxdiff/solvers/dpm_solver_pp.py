@@ -21,7 +21,7 @@ def dpm_solver_pp_multistep(
     """DPM-Solver++ multistep of order 1, 2 or 3: "DPM++ 1M", "2M", "3M".
 
     Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models"
-    (2022), equation 16 and algorithm 2. One evaluation a step.
+    (2022), algorithm 2. One evaluation a step.
 
     Arguments:
       order: 1 (DDIM), 2 or 3.
@@ -31,7 +31,7 @@ def dpm_solver_pp_multistep(
         evaluations exactly. "published" is the formula of the authors' code (and of diffusers and
         k-diffusion after it), whose second-difference term lacks a factor 2: it converges at order 2.
       lower_order_final: lower the order to 2 and 1 over the last steps, for stability with few steps;
-        None does so below 15 steps, as the paper advises. A step to sigma = 0 is always first order.
+        None does so below 15 steps, as the authors' code does. A step to sigma = 0 is always of order 1.
       euler_at_final: first order in the last step.
       start: "ramp" grows the order 1, 2, 3 over the first steps: its first step leaves an error of
         order h^2, so the order is at most 2. "singlestep" makes the first step with

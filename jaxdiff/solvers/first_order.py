@@ -27,7 +27,7 @@ def ddim(
 ) -> Tableau:
     """DDIM: x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,  s = eta sigma' sqrt(1 - exp(-2 h)).
 
-    Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021), equations 12 and 16, for any
+    Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2021), for any
     (alpha, sigma): 1 - exp(-2 h) is their (1 - abar / abar') / (1 - abar). eta = 0 is deterministic,
     the first-order exponential integrator; eta = 1 is DDPM with the small variance. One evaluation a
     step, order 1. Every grid end is supported; from alpha = 0 the network must predict v, x0 or flow
@@ -87,7 +87,7 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Tableau:
         fixed_small    sigma'^2 (1 - exp(-2 h))     the posterior's own (beta tilde)
         fixed_large    sigma^2  (1 - exp(-2 h))     the forward step's (beta)
 
-    Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (2020), equation 7 and section 3.2.
+    Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (2020).
     No noise in a step to sigma = 0 (diffusers adds the forward step's in such a step from t > 0 with
     "fixed_large"; its "fixed_large_log" is NaN). One evaluation a step, weak order 1; every grid end is
     supported.
