@@ -33,7 +33,9 @@ class Denoiser:
       fn: `fn([params,] x, t[, cond])`: params is passed if it is not None, cond if one is given to
         `sample`. x is the state, leaves [batch, ...]; t is what `time` returns, by default the
         scalar t of the row. Returns the prediction, with x's structure and shapes. Use one
-        module-level function (or a hashable object): a fresh closure recompiles.
+        module-level function (or a hashable object): a fresh closure recompiles. An object may
+        have a method `check(params, batch, cond, alpha)`, which `sample` calls before anything is
+        traced, alpha being that of every row: raise there what the call could only turn to NaN.
       prediction: one of `jaxdiff.predictions.PREDICTIONS`; or a tuple of them, and then fn returns
         a tuple of predictions (for samplers that use, say, a clipped x0 and the unclipped eps).
       params: pytree passed first to fn.
@@ -74,6 +76,11 @@ class Denoiser:
             return self.fn(*args), memory
         return self.fn(*args, memory=memory)
 
+    def check(self, batch: int, cond: Any, alpha: ArrayLike) -> None:
+        """Raise what `fn.check` raises for this call, if it has one."""
+        if hasattr(self.fn, "check"):
+            self.fn.check(self.params, batch, cond, alpha)
+
     def __call__(
         self, x: Any, t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, cond: Any = None
     ) -> Any:
@@ -112,7 +119,8 @@ def wrap(
 
     `evaluate(x, t, alpha, sigma, cond)` calls the inner denoiser and keeps its memory. `strengths`
     are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level
-    function.
+    function, or an object; one that changes cond has a method `check(check, strengths, cond)` that
+    calls `check` with every cond it evaluates (see `Denoiser`).
     """
     return Denoiser(
         fn=_Wrapped(fn),
@@ -138,6 +146,17 @@ class _Wrapped:
 
         out = self.fn(evaluate, strengths, x, levels, cond)
         return out if inner.memory is None else (out, cell[0])
+
+    def check(self, params, batch, cond, alpha):
+        inner, strengths = params
+
+        def check(cond):
+            inner.check(batch, cond, alpha)
+
+        if hasattr(self.fn, "check"):
+            self.fn.check(check, strengths, cond)
+        else:
+            check(cond)
 
 
 # --- thresholding ---------------------------------------------------------------------------------
@@ -254,3 +273,12 @@ class _Preconditioned:
         skip, gain = alpha * sigma_data**2 / size**2, sigma * sigma_data / size
         out = jax.tree.map(lambda a, y: a.astype(jnp.promote_types(a.dtype, y.dtype)), out, x)
         return jax.tree.map(jnp.add, scaled(skip, x), scaled(gain, out))
+
+    def check(self, params, batch, cond, alpha):
+        if self.time is _c_noise and is_concrete(alpha) and np.any(np.asarray(alpha) == 0):
+            raise ValueError(
+                "precondition: its c_noise = log(sigma / alpha) / 4 is infinite at alpha = 0, where "
+                "this grid starts: give the grid a smaller t_max, or precondition another time="
+            )
+        if hasattr(self.fn, "check"):
+            self.fn.check(params[0], batch, cond, alpha)

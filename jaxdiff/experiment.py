@@ -84,11 +84,6 @@ class Experiment:
 
     def check_sampler(self, tableau: Tableau, guidance: float) -> None:
         """Raise ValueError if this network cannot be sampled so; traces, but computes nothing."""
-        if self.config.denoiser.precondition and np.any(np.asarray(tableau.alpha) == 0):
-            raise ValueError(
-                "config.denoiser.precondition: its c_noise = log(sigma / alpha) / 4 is infinite at "
-                "alpha = 0, where this grid starts: give the grid a smaller t_max"
-            )
         labels = None if self.num_classes is None else np.zeros(1, np.int32)
 
         def call(variables):

@@ -105,7 +105,7 @@ class _Sharded:
         denoiser, x_T, noise, cond = (
             jax.tree.map(as_array, tree) for tree in (denoiser, x_T, noise, cond)
         )
-        check_call(denoiser, tableau, x_T, key, noise, save, adjoint, None)
+        check_call(denoiser, tableau, x_T, key, noise, cond, save, adjoint, None)
         if save not in _BATCH_AXIS or denoiser.memory is not None:
             what = "a denoiser with memory" if save in _BATCH_AXIS else f"save={save!r}"
             raise ValueError(f"a sharded sampler takes no {what}: {jit}")

@@ -34,7 +34,7 @@ def sample(
         (`jaxdiff.sample_keys`), which makes a sample independent of the batch it is drawn in.
       noise: instead of a key: an array or pytree [tableau.draws, *x.shape], or a
         `jaxdiff.BrownianPath`.
-      cond: passed to the denoiser as it is.
+      cond: passed to the denoiser as it is (the models of `jaxdiff.models` check it first).
       save: "final" (the last s_0); "trajectory" (the network's inputs and the result, [rows + 1,
         ...]); "nodes" (the solution at the grid's nodes, [n + 1, ...]); "x0" (the denoised x_0 of
         every row, [rows, ...]); "state" (a `State`, for `state=`).
@@ -52,7 +52,7 @@ def sample(
     x_T, noise, cond, state, denoiser = (
         jax.tree.map(as_array, tree) for tree in (x_T, noise, cond, state, denoiser)
     )
-    check_call(denoiser, tableau, x_T, key, noise, save, adjoint, state)
+    check_call(denoiser, tableau, x_T, key, noise, cond, save, adjoint, state)
     if state is None:
         x_T = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x_T)
     tableau = jax.tree.map(as_array, tableau)
@@ -67,7 +67,7 @@ def sample(
     )
 
 
-def check_call(denoiser, tableau, x, key, noise, save, adjoint, state) -> None:
+def check_call(denoiser, tableau, x, key, noise, cond, save, adjoint, state) -> None:
     """Raise what `sample` raises for these arguments, before anything is traced."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"expected a jaxdiff.Denoiser, got {type(denoiser).__name__}")
@@ -106,6 +106,7 @@ def check_call(denoiser, tableau, x, key, noise, save, adjoint, state) -> None:
         )
     _check_noise(tableau, x if state is None else state.registers[0], key, noise)
     _check_reachable(denoiser, tableau)
+    denoiser.check(leaves[0].shape[0], cond, tableau.alpha)
 
 
 def _check_noise(tableau, x, key, noise) -> None:

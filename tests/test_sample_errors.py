@@ -127,3 +127,69 @@ def test_pure_noise_needs_another_prediction(prediction):
     tableau = jd.solvers.ddpm(jd.grids.trailing(rescaled, 2))
     with pytest.raises(ValueError, match="alpha = 0"):
         jd.sample(jd.Denoiser(never, prediction), tableau, X, KEY)
+
+
+# --- labels, seen through whatever is wrapped around the network -----------------------------------
+
+
+def labelled(network, **options):
+    """A denoiser of a small network with 10 classes, without parameters: it is never called."""
+    return jd.models.from_linen(network(num_classes=10, **options), {"params": {}}, prediction="x0")
+
+
+NETWORKS = {
+    "mlp": (lambda **o: jd.models.MLP(width=8, depth=1, **o), (4, 2)),
+    "dit": (
+        lambda **o: jd.models.DiT(patch_size=2, width=8, depth=1, num_heads=2, **o), (4, 4, 4, 1)
+    ),
+    "unet": (lambda **o: jd.models.UNet(width=8, **o), (4, 8, 8, 1)),
+}  # fmt: skip
+WRAPPERS = {
+    "bare": lambda d: d,
+    "guided": lambda d: jd.guidance.classifier_free(d, 2.0, np.int32(10)),
+    "clipped": jd.clip_x0,
+    "guided and clipped": lambda d: jd.clip_x0(
+        jd.guidance.classifier_free(jd.dynamic_threshold(d), 2.0, np.int32(10))
+    ),
+    "preconditioned": lambda d: jd.precondition(d.fn, 0.5, d.params),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_labels_are_checked_before_tracing(name, wrapper):
+    network, shape = NETWORKS[name]
+    denoiser, x = WRAPPERS[wrapper](labelled(network)), jnp.zeros(shape)
+    for cond, message in (
+        (jnp.asarray([0, 1, 2, 11]), r"0 to 10 \(10 is the null label\), got 11"),
+        (np.asarray([0, 1, 2, -1]), "got -1"),
+        (jnp.zeros(4), "must be integers, got float32"),
+        (np.zeros(3, int), r"shape \(4,\), got \(3,\)"),
+        ({"lable": np.zeros(4, int)}, r"\['lable'\]; this network takes \['label'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jd.sample(denoiser, DDIM, x, cond=cond)
+        if wrapper == "bare":
+            mesh = jd.parallel.mesh()
+            with pytest.raises(ValueError, match=message):
+                jd.parallel.sharded(jd.sample, mesh)(denoiser, DDIM, x, cond=cond)
+
+
+def test_the_null_label_must_exist():
+    network, shape = NETWORKS["mlp"]
+    denoiser = labelled(network, label_dropout=0.0)
+    guided = jd.guidance.classifier_free(denoiser, 2.0, np.int32(10))
+    with pytest.raises(ValueError, match="must lie in 0 to 9, got 10"):
+        jd.sample(guided, DDIM, jnp.zeros(shape), cond=np.zeros(4, int))
+    with pytest.raises(ValueError, match="labels are needed: this network has 10 classes"):
+        jd.sample(denoiser, DDIM, jnp.zeros(shape))
+
+
+def test_preconditioning_from_pure_noise_is_refused():
+    """c_noise is infinite there; another clock is not."""
+    table = jd.solvers.ddim(jd.grids.uniform(FLOW, 3))
+    preconditioned = jd.precondition(lambda x, t: 0 * x + t, 0.5)
+    with pytest.raises(ValueError, match="c_noise .* infinite at alpha = 0"):
+        jd.sample(jd.clip_x0(preconditioned), table, X)
+    other = jd.precondition(lambda x, t: 0 * x + t, 0.5, time=lambda t, alpha, sigma: t)
+    assert np.all(np.isfinite(jd.sample(other, table, X)))

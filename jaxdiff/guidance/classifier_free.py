@@ -32,6 +32,12 @@ def classifier_free(denoiser: Denoiser, scale: ArrayLike, null_cond: Any) -> Den
 
 @dataclasses.dataclass(frozen=True)
 class _Guided:
+    def check(self, check, strengths, cond):
+        if cond is None:
+            raise ValueError("classifier-free guidance needs cond=")
+        check(cond)
+        check(strengths[1])
+
     def __call__(self, evaluate, strengths, x, levels, cond):
         if cond is None:
             raise ValueError("classifier-free guidance needs cond=")

@@ -26,6 +26,10 @@ class _LinenFn:
         options = {"train": True} if self.train else {}
         return self.module.apply(variables, x, t, *args, rngs=rngs, **options)
 
+    def check(self, params, batch, cond, alpha):
+        if hasattr(self.module, "check_cond"):
+            self.module.check_cond(batch, cond)
+
 
 @dataclasses.dataclass(frozen=True)
 class _NNXFn:

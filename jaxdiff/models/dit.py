@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxdiff.models.embeddings import (
     DEFAULT_INIT,
     ConditionEmbedding,
+    check_condition,
     check_rate,
     check_rng,
     read_cond,
@@ -163,6 +164,11 @@ class DiT(ImageNetwork):
         if name not in SIZES:
             raise ValueError(f"unknown size {name!r}; known: {', '.join(SIZES)}")
         return cls(**(SIZES[name] | options))
+
+    def check_cond(self, batch: int, cond: Any) -> None:
+        """Raise ValueError for a cond that this network does not take; traces nothing."""
+        labels = read_cond(cond).get("label")
+        check_condition(labels, batch, self.num_classes, self.label_dropout)
 
     @nn.compact
     def _forward(self, x, t, cond, train):

@@ -91,6 +91,26 @@ def check_labels(labels: ArrayLike, batch: int, num_classes: int, null: bool) ->
             )
 
 
+def check_condition(
+    labels: ArrayLike | None, batch: int, num_classes: int | None, label_dropout: float
+) -> None:
+    """Raise ValueError for labels that a network of these attributes does not take.
+
+    With `num_classes` None it takes none; without labels there must be a null one, which
+    label_dropout > 0 makes. Values are checked as in `check_labels`.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("a label was given to a network made with num_classes=None")
+    elif labels is not None:
+        check_labels(labels, batch, num_classes, label_dropout > 0)
+    elif not label_dropout > 0:
+        raise ValueError(
+            f"labels are needed: this network has {num_classes} classes and, with "
+            "label_dropout=0, no null label"
+        )
+
+
 def check_rng(module: nn.Module, name: str, rate: float, train: bool) -> None:
     """Raise ValueError if training drops at `rate` > 0 and no key was given for it."""
     if train and rate > 0 and not module.has_rng(name):
@@ -141,14 +161,8 @@ class LabelEmbedding(nn.Module):
         self, labels: ArrayLike | None, batch: int, train: bool
     ) -> Float[Array, "batch features"]:
         null = self.label_dropout > 0
-        if labels is None:
-            if not null:
-                raise ValueError(
-                    f"labels are needed: this network has {self.num_classes} classes and, with "
-                    "label_dropout=0, no null label"
-                )
-            labels = self.num_classes
-        check_labels(labels, batch, self.num_classes, null)
+        check_condition(labels, batch, self.num_classes, self.label_dropout)
+        labels = self.num_classes if labels is None else labels
         check_rng(self, "label", self.label_dropout, train)
         labels = jnp.broadcast_to(jnp.asarray(labels), (batch,))
         if train and null:
@@ -184,8 +198,7 @@ class ConditionEmbedding(nn.Module):
             self.features, self.frequencies, self.time_scale, self.kernel_init, name="time"
         )(t, batch)
         if self.num_classes is None:
-            if labels is not None:
-                raise ValueError("a label was given to a network made with num_classes=None")
+            check_condition(labels, batch, None, self.label_dropout)
             return c
         return c + LabelEmbedding(
             self.num_classes, self.features, self.label_dropout, self.embedding_init, name="label"

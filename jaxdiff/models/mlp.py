@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff.models.embeddings import (
     DEFAULT_INIT,
     ConditionEmbedding,
+    check_condition,
     check_rate,
     check_rng,
     read_cond,
@@ -76,6 +77,11 @@ class MLP(nn.Module):
         check_rate("dropout", self.dropout)
         check_rate("label_dropout", self.label_dropout)
         super().__post_init__()
+
+    def check_cond(self, batch: int, cond: Any) -> None:
+        """Raise ValueError for a cond that this network does not take; traces nothing."""
+        labels = read_cond(cond).get("label")
+        check_condition(labels, batch, self.num_classes, self.label_dropout)
 
     @nn.compact
     def __call__(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxdiff.models.embeddings import (
     DEFAULT_INIT,
     ConditionEmbedding,
+    check_condition,
     check_rate,
     check_rng,
     read_cond,
@@ -171,6 +172,11 @@ class UNet(ImageNetwork):
         self.multipliers = tuple(self.multipliers)
         self.attention_resolutions = tuple(self.attention_resolutions)
         super().__post_init__()
+
+    def check_cond(self, batch: int, cond: Any) -> None:
+        """Raise ValueError for a cond that this network does not take; traces nothing."""
+        labels = read_cond(cond, ("label", "image")).get("label")
+        check_condition(labels, batch, self.num_classes, self.label_dropout)
 
     @nn.compact
     def _forward(self, x, t, cond, train):
