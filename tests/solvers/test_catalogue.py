@@ -9,6 +9,7 @@ import pytest
 from oracles import BROAD
 
 import jaxdiff as jd
+from jaxdiff.solvers.catalogue import ALIASES
 
 PROCESS = jd.processes.vp_linear()
 SETTINGS = {
@@ -85,11 +86,11 @@ def test_nfe_is_the_number_of_evaluations(name):
     """As the entry states: per step, one less in a two-evaluation step to sigma = 0."""
     entry, setting = SETTINGS[name]
     grid = jd.grids.half_log_snr(PROCESS, 20)
-    extra = 1 if setting.options.get("start") == "singlestep" else 0
+    each, extra = entry.nfe_per_step_of(setting), setting.extra
     tableau = build(name, grid)
-    assert tableau.nfe == 20 * entry.nfe_per_step + extra == tableau.rows
+    assert tableau.nfe == 20 * each + extra == tableau.rows
     final = build(name, jd.grids.half_log_snr(PROCESS, 20, end="zero"))
-    assert final.nfe == 20 * entry.nfe_per_step + extra - (entry.nfe_per_step - 1)
+    assert final.nfe == 20 * each + extra - (each - 1)
     both = jd.solvers.stack([tableau, final])
     np.testing.assert_array_equal(both.nfe, [tableau.nfe, final.nfe])
 
@@ -176,10 +177,14 @@ def test_every_name_builds_and_a_wrong_one_names_the_nearest():
 
 
 def test_names_are_unique():
-    every = [n for e in jd.solvers.CATALOGUE.values() for n in {e.name, *e.settings, *e.aliases}]
+    every = [n for e in jd.solvers.CATALOGUE.values() for n in {e.name, *e.settings}]
     assert len(every) == len(set(every))
-    for entry in jd.solvers.CATALOGUE.values():
-        assert set(entry.aliases.values()) <= set(entry.settings)
+    assert set(ALIASES.values()) <= set(every) and not set(ALIASES) & set(every)
+
+
+def test_every_entry_can_be_cited():
+    for name in jd.solvers.CATALOGUE:
+        assert jd.solvers.citation(name).startswith("@article{")
 
 
 @pytest.mark.parametrize(

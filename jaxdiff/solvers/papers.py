@@ -1,0 +1,69 @@
+"""The papers that the solvers come from, and their BibTeX."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Paper(NamedTuple):
+    """Authors as "Family, Given and ...", as BibTeX wants them; arXiv's number where there is one."""
+
+    authors: str
+    year: int
+    title: str
+    short: str
+    arxiv: str | None = None
+    journal: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """One line: first author, year, short title, number."""
+        first, *others = self.authors.split(" and ")
+        names = first.split(",")[0] + (" et al." if len(others) > 1 else "")
+        if len(others) == 1:
+            names += " & " + others[0].split(",")[0]
+        where = f", arXiv:{self.arxiv}" if self.arxiv else f", {self.journal}"
+        return f"{names} {self.year}, {self.short}{where}"
+
+    def bibtex(self, key: str) -> str:
+        """The BibTeX entry under `key`."""
+        lines = [f"  title={{{self.title}}}", f"  author={{{self.authors}}}", f"  year={{{self.year}}}"]
+        where = self.journal or f"arXiv:{self.arxiv}"
+        lines.append(f"  journal={{{where}}}")
+        return f"@article{{{key},\n" + ",\n".join(lines) + "\n}"
+
+
+PAPERS: Mapping[str, Paper] = {
+    "ddpm": Paper(
+        "Ho, Jonathan and Jain, Ajay and Abbeel, Pieter", 2020,
+        "Denoising Diffusion Probabilistic Models", "DDPM", "2006.11239",
+    ),
+    "ddim": Paper(
+        "Song, Jiaming and Meng, Chenlin and Ermon, Stefano", 2021,
+        "Denoising Diffusion Implicit Models", "DDIM", "2010.02502",
+    ),
+    "edm": Paper(
+        "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli", 2022,
+        "Elucidating the Design Space of Diffusion-Based Generative Models", "EDM", "2206.00364",
+    ),
+    "dpm_solver": Paper(
+        "Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun",
+        2022,
+        "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps",
+        "DPM-Solver", "2206.00927",
+    ),
+    "dpm_solver_pp": Paper(
+        "Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun",
+        2022,
+        "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
+        "DPM-Solver++", "2211.01095",
+    ),
+    "unipc": Paper(
+        "Zhao, Wenliang and Bai, Lujia and Rao, Yongming and Zhou, Jie and Lu, Jiwen", 2023,
+        "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models",
+        "UniPC", "2302.04867",
+    ),
+    "deis": Paper(
+        "Zhang, Qinsheng and Chen, Yongxin", 2023,
+        "Fast Sampling of Diffusion Models with Exponential Integrator", "DEIS", "2204.13902",
+    ),
+}  # fmt: skip
