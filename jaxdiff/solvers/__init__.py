@@ -1,5 +1,8 @@
 """Solvers: builders from a grid to a tableau, and the catalogue of all of them."""
 
+from jaxdiff.solvers.adams import deis as deis
+from jaxdiff.solvers.adams import exponential_adams as exponential_adams
+from jaxdiff.solvers.adams import lms as lms
 from jaxdiff.solvers.catalogue import CATALOGUE as CATALOGUE
 from jaxdiff.solvers.catalogue import build as build
 from jaxdiff.solvers.catalogue import citation as citation
@@ -11,7 +14,9 @@ from jaxdiff.solvers.catalogue.entry import Exactness as Exactness
 from jaxdiff.solvers.catalogue.entry import Setting as Setting
 from jaxdiff.solvers.combine import concatenate as concatenate
 from jaxdiff.solvers.combine import stack as stack
-from jaxdiff.solvers.dpm_solver_pp import dpm_solver_pp_multistep as dpm_solver_pp_multistep
+from jaxdiff.solvers.corrector import corrected as corrected
+from jaxdiff.solvers.dpm_solver import dpm_solver_multistep as dpm_solver_multistep
+from jaxdiff.solvers.dpm_solver import dpm_solver_pp_multistep as dpm_solver_pp_multistep
 from jaxdiff.solvers.first_order import ddim as ddim
 from jaxdiff.solvers.first_order import ddpm as ddpm
 from jaxdiff.solvers.phi import phi as phi
@@ -23,3 +28,6 @@ from jaxdiff.solvers.tableau import Tableau as Tableau
 from jaxdiff.solvers.tableau import Update as Update
 from jaxdiff.solvers.tableau import assemble as assemble
 from jaxdiff.solvers.unipc import unipc as unipc
+from jaxdiff.solvers.wrappers import analytic_first_step as analytic_first_step
+from jaxdiff.solvers.wrappers import denoise_to_zero as denoise_to_zero
+from jaxdiff.solvers.wrappers import teleport as teleport

@@ -1,7 +1,8 @@
 """Entries: exponential integrators with one evaluation a step."""
 
+from jaxdiff.solvers.adams import deis, exponential_adams, lms
 from jaxdiff.solvers.catalogue.entry import Entry, Exactness, Setting
-from jaxdiff.solvers.dpm_solver_pp import dpm_solver_pp_multistep
+from jaxdiff.solvers.dpm_solver import dpm_solver_multistep, dpm_solver_pp_multistep
 from jaxdiff.solvers.first_order import ddim
 from jaxdiff.solvers.unipc import unipc
 
@@ -35,6 +36,83 @@ ENTRIES = (
         1, "x0", (True, True), "dpm_solver_pp", "exponential Adams",
     ),
     Entry(
+        "dpm_solver_multistep", dpm_solver_multistep,
+        {
+            "dpm_solver_2m": Setting({"order": 2}, 2),
+            "dpm_solver_2m_heun": Setting(
+                {"order": 2, "solver_type": "heun"}, 2, exact=Exactness("lambda", 1)
+            ),
+            "dpm_solver_3m": Setting({"order": 3}, 2, exact=Exactness("lambda", 2)),
+            "dpm_solver_3m_singlestep": Setting(
+                {"order": 3, "start": "singlestep"}, 3, extra=1, exact=Exactness("lambda", 2)
+            ),
+            "dpm_solver_3m_published": Setting(
+                {"order": 3, "variant": "published", "start": "singlestep"}, 2, extra=1,
+                exact=Exactness("lambda", 1),
+            ),
+        },
+        1, "eps", (False, True), "dpm_solver", "exponential Adams",
+    ),
+    Entry(
+        "deis", deis,
+        {
+            "deis_tab3": Setting({"order": 4}, 2, exact=Exactness("t", 3)),
+            "deis_tab1": Setting({"order": 2}, 2, exact=Exactness("t", 1)),
+            "deis_tab2": Setting({"order": 3}, 2, exact=Exactness("t", 2)),
+            "deis_tab2_singlestep": Setting(
+                {"order": 3, "start": "singlestep"}, 3, extra=1, exact=Exactness("t", 2)
+            ),
+            "deis_rhoab2": Setting(
+                {"order": 3, "variable": "rho"}, 2, exact=Exactness("rho", 2)
+            ),
+            "deis_rhoab3": Setting(
+                {"order": 4, "variable": "rho"}, 2, exact=Exactness("rho", 3)
+            ),
+        },
+        1, "eps", (False, True), "deis", "exponential Adams",
+    ),
+    Entry(
+        "lms", lms,
+        {"lms": Setting({}, 2, exact=Exactness("rho", 3))},
+        1, "eps", (False, True), "deis", "exponential Adams",
+    ),
+    Entry(
+        "exponential_adams", exponential_adams,
+        {
+            "adams_x0_2": Setting({"order": 2}, 2, exact=Exactness("lambda", 1)),
+            "adams_x0_angle_4": Setting(
+                {"order": 4, "variable": "angle"}, 2, exact=Exactness("angle", 3)
+            ),
+            "adams_x0_kappa_3": Setting(
+                {"order": 3, "variable": "kappa"}, 2, exact=Exactness("kappa", 2)
+            ),
+            "adams_v_3": Setting(
+                {"order": 3, "integrand": "v", "variable": "angle", "start": "singlestep"}, 3,
+                integrand="v", extra=1, exact=Exactness("angle", 2),
+            ),
+            "adams_v_lambda_2": Setting(
+                {"order": 2, "integrand": "v"}, 2, integrand="v", exact=Exactness("lambda", 1)
+            ),
+            "adams_flow_3": Setting(
+                {"order": 3, "integrand": "flow", "variable": "tau"}, 2, integrand="flow",
+                exact=Exactness("tau", 2),
+            ),
+            "adams_eps_root_t_4": Setting(
+                {"order": 4, "integrand": "eps", "variable": "t", "power": 0.5}, 2,
+                integrand="eps", ends=(False, True), exact=Exactness("t", 3, 0.5),
+            ),
+            "adams_pc_2_4": Setting({"order": 2, "corrector": 4}, 3),
+            "adams_pc_1_4_eps": Setting(
+                {"order": 1, "corrector": 4, "integrand": "eps", "variable": "rho"}, 2,
+                integrand="eps", ends=(False, True),
+            ),
+            "adams_pc_3_5_singlestep": Setting(
+                {"order": 3, "corrector": 5, "start": "singlestep"}, 4, extra=1
+            ),
+        },
+        1, "x0", (True, True), "deis", "exponential Adams",
+    ),
+    Entry(
         "unipc", unipc,
         {
             "unipc_2": Setting({"order": 2}, 3),
@@ -45,6 +123,8 @@ ENTRIES = (
             "unipc_2_eps": Setting(
                 {"order": 2, "integrand": "eps"}, 3, integrand="eps", ends=(False, True)
             ),
+            "unipc_2_vary_coeff": Setting({"order": 2, "variant": "vary_coeff"}, 3),
+            "unipc_3_vary_coeff": Setting({"order": 3, "variant": "vary_coeff"}, 3),
             "unip_2": Setting({"order": 2, "corrector": False}, 2),
         },
         1, "x0", (True, True), "unipc", "predictor-corrector",

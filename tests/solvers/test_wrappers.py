@@ -1,0 +1,140 @@
+"""Wrappers against closed forms: Gaussian data, where the first step is exact, and a chain of steps."""
+
+import jax
+import numpy as np
+import pytest
+from oracles import BROAD
+
+import jaxdiff as jd
+
+VP = jd.processes.vp_linear()
+FLOW = jd.processes.flow()
+SETTINGS = {
+    name: (entry, setting)
+    for entry in jd.solvers.CATALOGUE.values()
+    for name, setting in entry.settings.items()
+}
+MEAN, STD = 0.7, 1.3
+
+
+def gaussian(process, mean=MEAN, std=STD, dim=3):
+    return jd.gaussian_mixture(np.full((1, dim), mean), np.array([std]), np.ones(1), process)
+
+
+def build(name, grid):
+    entry, setting = SETTINGS[name]
+    return entry.build(grid, **setting.options)
+
+
+@pytest.mark.parametrize("process", [VP, FLOW, jd.processes.edm()], ids=["vp", "flow", "edm"])
+def test_for_gaussian_data_the_analytic_first_step_changes_nothing(x64, process):
+    """Of any sampler in the list, noisy ones included, but its evaluations: one less."""
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    for end in ("t_min", "zero")[: 1 if process is FLOW else 2]:  # flow is at sigma = 0 at t_min
+        grid = jd.grids.power(process, 4, 2.0, end=end)
+        tables = []
+        for name, (entry, setting) in SETTINGS.items():
+            if grid.ends[0] and not entry.ends_of(setting)[0]:
+                continue
+            table = build(name, grid)
+            if table.start.C is not None:  # churn: the first evaluation is not at x_T
+                continue
+            tables += [table, jd.solvers.analytic_first_step(table, MEAN, STD)]
+            assert tables[-1].nfe == tables[-2].nfe - 1, name
+        noise = np.random.default_rng(1).normal(size=(max(t.draws for t in tables), 4, 3))
+        run = jax.vmap(lambda t: jd.sample(gaussian(process), t, x, noise=noise))  # noqa: B023
+        out = np.asarray(run(jd.solvers.stack(tables)))
+        np.testing.assert_allclose(out[1::2], out[::2], rtol=1e-9, atol=1e-9)
+
+
+def test_the_analytic_step_takes_a_mean_for_each_coordinate(x64):
+    means = np.array([0.3, -2.0, 1.1])
+    denoiser = jd.gaussian_mixture(means[None], np.array([STD]), np.ones(1), VP)
+    grid = jd.grids.half_log_snr(VP, 5)
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    for name in ("dpm_solver_pp_3m", "unipc_3", "heun"):
+        table = build(name, grid)
+        other = jd.solvers.analytic_first_step(table, means, STD)
+        for save in ("final", "nodes"):
+            got, expected = (jd.sample(denoiser, t, x, save=save) for t in (other, table))
+            np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_spread_gives_the_published_rule(x64):
+    """eps = x / sqrt(1 + sigma^2), on EDM's grid."""
+    grid = jd.grids.karras(jd.processes.edm(), 3)
+    x = np.random.default_rng(0).normal(size=(4, 3)) * 80.0
+    std = np.sqrt(80.0 * (np.hypot(1.0, 80.0) - 80.0))
+    table = jd.solvers.analytic_first_step(jd.solvers.euler(grid), std=std)
+    first = jd.sample(gaussian(jd.processes.edm()), table, x, save="nodes")[1]
+    expected = x + (grid.sigma[1] - 80.0) * x / np.sqrt(1 + 80.0**2)
+    np.testing.assert_allclose(first, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
+def test_teleport_is_the_flow_of_a_rank_deficient_gaussian(x64, process):
+    """Against DOP853 on the flow in rho (row 74: five dimensions, rank three)."""
+    from scipy.integrate import solve_ivp
+
+    rng = np.random.default_rng(3)
+    factor, mean = rng.normal(size=(5, 3)), rng.normal(size=5)
+    cov = factor @ factor.T
+    whole = jd.grids.half_log_snr(process, 8, t_max=0.95, t_min=0.05)
+    rest = jd.grids.from_times(process, whole.t[3:])
+    (a, s), (a1, s1) = ((whole.alpha[i], whole.sigma[i]) for i in (0, 3))
+    x = rng.normal(size=(6, 5))
+
+    def field(log_rho, y):
+        rho = np.exp(log_rho)
+        y = y.reshape(x.shape)
+        return (rho**2 * np.linalg.solve(cov + rho**2 * np.eye(5), (y - mean).T).T).ravel()
+
+    span = np.log([s / a, s1 / a1])
+    solved = solve_ivp(field, span, (x / a).ravel(), method="DOP853", rtol=1e-12, atol=1e-13)
+    expected = a1 * solved.y[:, -1].reshape(x.shape)
+    table = jd.solvers.teleport(jd.solvers.ddim(rest), a, s, mean, cov)
+    got = jd.sample(jd.Denoiser(lambda x, t: x), table, x, save="nodes")[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-8)
+    assert table.nfe == 5
+
+
+def test_denoise_to_zero_is_x0_at_the_last_node(x64):
+    grid = jd.grids.half_log_snr(VP, 4)
+    denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, VP)
+    x = np.random.default_rng(0).normal(size=(5, 2))
+    table = jd.solvers.deis(grid, order=3)
+    last = np.asarray(jd.sample(denoiser, table, x))
+    a, s = grid.alpha[-1], grid.sigma[-1]
+    got = jd.sample(denoiser, jd.solvers.denoise_to_zero(table, grid), x)
+    np.testing.assert_allclose(got, (last + s**2 * BROAD.score(last, a, s)) / a, rtol=1e-10)
+
+
+GRID = jd.grids.half_log_snr(VP, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jd.solvers.analytic_first_step(jd.solvers.ddim(jd.grids.uniform(VP, 1))), "at least 2"),
+        (lambda: jd.solvers.analytic_first_step(jd.solvers.ddim(GRID), std=0.0), "std must be positive"),
+        (lambda: jd.solvers.analytic_first_step(jd.solvers.euler(GRID, s_churn=9.0)), "start is plain"),
+        (lambda: jd.solvers.analytic_first_step(jd.solvers.stack([jd.solvers.ddim(GRID)])), "stacked"),
+        (lambda: jd.solvers.teleport(jd.solvers.ddim(GRID), 0.1, 1.0, np.zeros(3), np.eye(2)), r"\(3, 3\)"),
+        (lambda: jd.solvers.teleport(jd.solvers.ddim(GRID), 0.1, 1.0, np.zeros(2), -np.eye(2)), "eigenvalue"),
+        (
+            lambda: jd.solvers.denoise_to_zero(
+                jd.solvers.ddim(GRID), jd.grids.half_log_snr(VP, 4, end="zero")
+            ),
+            "ends at sigma > 0",
+        ),
+        (lambda: jd.solvers.corrected(jd.solvers.ddpm(GRID), GRID), "deterministic"),
+        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, integrand="eps"), "not 'eps'"),
+        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), jd.grids.karras(VP, 4)), "does not evaluate"),
+        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), jd.grids.karras(VP, 5)), "each of .* 6 nodes"),
+        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, [2, 2]), "one number or 4, got 2"),
+        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, 1), "from 2"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
