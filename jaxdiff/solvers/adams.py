@@ -5,9 +5,13 @@ from jaxdiff.solvers.clocks import (
     INTEGRANDS,
     VARIABLES,
     Level,
+    by_age,
     carry,
     check_choice,
     check_order,
+    half_log_snr_at,
+    own_clock,
+    scale,
     weights,
 )
 from jaxdiff.solvers.corrector import corrected
@@ -45,6 +49,8 @@ def exponential_adams(
       start: "ramp" grows the orders 1, 2, ... over the first steps, which leaves an error of order
         h^2 (h^3 corrected): the order is at most 2 (3 corrected). "singlestep" makes the first
         step with the exponential midpoint method, one evaluation more: at most 3 (4 corrected).
+        "runge_kutta" makes the first order - 1 steps with the classical fourth-order method in the
+        integrand's own clock, three evaluations more each, uncorrected: at most 5.
       lower_order_final: lower the orders to ..., 2, 1 over the last steps.
 
     The corrected method converges at min(order + 1, corrector), where the start allows it. Steps
@@ -55,7 +61,7 @@ def exponential_adams(
     check_order(order, HIGHEST_ORDER)
     check_choice("integrand", integrand, INTEGRANDS)
     check_choice("variable", variable, VARIABLES)
-    check_choice("start", start, ("ramp", "singlestep"))
+    check_choice("start", start, ("ramp", "singlestep", "runge_kutta"))
     if corrector:
         check_order(corrector, HIGHEST_ORDER, "corrector", 2)
     if not power > 0 or (variable == "lambda" and power != 1.0):
@@ -71,28 +77,60 @@ def exponential_adams(
             return 1
         return min(wanted, steps - i) if lower_order_final else wanted
 
-    rows, nodes, seen = [], [(0, 0)], []
+    # Levels of the evaluations so far, newest first; None for a stage that no polynomial uses.
+    rows, nodes, seen, started = [], [(0, 0)], [], []
     for i in range(steps):
         level, end = grid.node(i), grid.node(i + 1)
         # The node at alpha = 0 stays in the history only where z is finite there.
         seen = [level] if limit(0, 2) == 1 and i == 1 and grid.ends[0] else [level, *seen]
-        highest = limit(i, order)
-        if start == "singlestep" and highest > 1 and len(seen) == 1 and not (grid.ends[0] and i == 0):
+        highest, pure_noise = limit(i, order), grid.ends[0] and i == 0
+        known = sum(place is not None for place in seen)
+        if start == "singlestep" and highest > 1 and known == 1 and not pure_noise:
             middle = grid.at(grid.lam[i] + 0.5 * (grid.lam[i + 1] - grid.lam[i]))
-            first = step(grid, level, middle, seen, integrand, variable, power)
+            first = step(grid, level, middle, seen[:1], integrand, variable, power)
             second = step(grid, level, end, [middle], integrand, variable, power)
             rows.append(Row(level, [first, Update([1.0])]))
             rows.append(Row(middle, [Update([0.0, *second.s], second.m)]))
-            seen = [middle, level]
+            seen = [middle, *seen]
+        elif start == "runge_kutta" and highest > known and not pure_noise:
+            rows += _classical_step(grid, level, end, integrand)
+            seen = [None, None, None, *seen]
+            started.append(i)
         else:
-            rows.append(Row(level, [step(grid, level, end, seen[:highest], integrand, variable, power)]))
+            ages = [age for age, place in enumerate(seen) if place is not None][:highest]
+            places = [seen[age] for age in ages]
+            update = step(grid, level, end, places, integrand, variable, power)
+            rows.append(Row(level, [Update(update.s, by_age(ages, update.m))]))
         nodes.append((len(rows), 0))
     predictor = assemble(rows, integrand, grid.xp, nodes=nodes)
     if not corrector:
         return predictor
     # A step's corrector uses one evaluation more than a predictor lowered to the same order.
-    orders = [min(corrector, limit(i, corrector) + 1) for i in range(steps)]
-    return corrected(predictor, grid, orders, integrand, variable, power)
+    orders = [
+        0 if i in started else min(corrector, limit(i, corrector) + 1) for i in range(steps)
+    ]
+    stages = start != "runge_kutta"
+    return corrected(predictor, grid, orders, integrand, variable, power, stages)
+
+
+def _classical_step(grid: Grid, level: Level, end: Level, integrand: str) -> list[Row]:
+    """Four rows: the classical Runge-Kutta method for dy / dclock = g m, from `level` to `end`."""
+    xp = grid.xp
+    (clock, start), (_, stop) = own_clock(xp, integrand, level), own_clock(xp, integrand, end)
+    h, middle = stop - start, grid.at(half_log_snr_at(xp, clock, 0.5 * (start + stop)))
+    g = [1.0 if integrand != "v" else 1.0 / scale(xp, "v", at) for at in (level, middle, end)]
+    size = [scale(xp, integrand, at) for at in (level, middle, end)]
+    half, whole = size[1] / size[0], size[2] / size[0]
+    keep = Update([0.0, 1.0])
+    return [
+        Row(level, [Update([half], [0.5 * h * size[1] * g[0]]), Update([1.0])]),
+        Row(middle, [Update([0.0, half], [0.5 * h * size[1] * g[1]]), keep]),
+        Row(middle, [Update([0.0, whole], [h * size[2] * g[1]]), keep]),
+        Row(end, [Update(
+            [0.0, whole],
+            [h * size[2] / 6 * part for part in (g[2], 2 * g[1], 2 * g[1], g[0])],
+        )]),
+    ]  # fmt: skip
 
 
 def step(

@@ -14,6 +14,7 @@ polynomial, in the clock itself or in any other monotone variable z of the noise
 integrates that exactly.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,14 @@ def scale(xp: Any, integrand: str, level: Level) -> Any:
     return alpha + sigma if integrand == "flow" else xp.hypot(alpha, sigma)
 
 
+def by_age(ages: Sequence[int], found: Sequence[Any], zero: Any = 0.0) -> list[Any]:
+    """Weights of evaluations of these ages as a list over all ages, `zero` for the others."""
+    m = [zero] * (ages[-1] + 1)
+    for age, weight in zip(ages, found):
+        m[age] = weight
+    return m
+
+
 def coordinate(xp: Any, variable: str, level: Level, power: float = 1.0) -> Any:
     """The variable z of a level, to a power; infinite where the level is an end that it puts there."""
     t, alpha, sigma = level
@@ -66,6 +75,21 @@ def coordinate(xp: Any, variable: str, level: Level, power: float = 1.0) -> Any:
         else:
             z = sigma / (alpha + sigma) if variable == "tau" else xp.arctan2(sigma, alpha)
     return z if power == 1.0 else z**power
+
+
+def own_clock(xp: Any, integrand: str, level: Level) -> tuple[str, Any]:
+    """The name of an integrand's clock, and its value at a level."""
+    name = _OWN_CLOCK[integrand]
+    return name, coordinate(xp, name, level)
+
+
+def half_log_snr_at(xp: Any, variable: str, z: Any) -> Any:
+    """lambda where `variable` (not "t") has the value z."""
+    if variable == "lambda":
+        return z
+    if variable in ("rho", "kappa"):
+        return -xp.log(z) if variable == "rho" else xp.log(z)
+    return xp.log1p(-z) - xp.log(z) if variable == "tau" else -xp.log(xp.tan(z))
 
 
 def carry(xp: Any, integrand: str, level: Level, end: Level) -> Any:
@@ -89,8 +113,7 @@ def weights(
     first, last = (coordinate(xp, "lambda", place) for place in (level, end))
     finite = not is_concrete(first, last) or bool(np.all(np.isfinite([first, last])))
     outer = scale(xp, integrand, end)
-    own = _OWN_CLOCK[integrand]
-    start, stop = (coordinate(xp, own, place) for place in (level, end))
+    (own, start), (_, stop) = (own_clock(xp, integrand, place) for place in (level, end))
     # An infinite clock: kappa at sigma = 0, where y / clock -> x0 at the end itself.
     runaway = is_concrete(start, stop) and not np.all(np.isfinite([start, stop]))
     inner = [1.0 if integrand != "v" else 1.0 / scale(xp, "v", place) for place in places]

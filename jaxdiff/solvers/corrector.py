@@ -13,6 +13,7 @@ from jaxdiff.solvers.clocks import (
     INTEGRANDS,
     VARIABLES,
     Level,
+    by_age,
     carry,
     check_choice,
     check_order,
@@ -25,7 +26,7 @@ Rule = Callable[[Level, Level, list[Level]], Sequence[Any]]
 
 def corrected(
     tableau: Tableau, grid: Grid, order: int | Sequence[int] = 2, integrand: str = "x0",
-    variable: str = "lambda", power: float = 1.0,
+    variable: str = "lambda", power: float = 1.0, stages: bool = True,
 ) -> Tableau:  # fmt: skip
     """`tableau` with each step but the last corrected by the evaluation made at its end.
 
@@ -33,8 +34,8 @@ def corrected(
 
         x_i = (scale_i / scale_{i-1}) x_{i-1} + scale_i int P(z) dclock,
 
-    P through the evaluation at the predicted x_i and those before it (stages of a single-step method
-    count), x_{i-1} corrected itself: Adams-Moulton, UniPC's corrector (Zhao et al. 2023) for
+    P through the evaluation at the predicted x_i and those before it, x_{i-1} corrected itself:
+    Adams-Moulton, UniPC's corrector (Zhao et al. 2023) for
     a method of any kind. A predictor of order p becomes one of order min(p + 1, order).
 
     Arguments:
@@ -43,6 +44,7 @@ def corrected(
       order: evaluations that P goes through, the new one included (at least 2), as far as there are
         that many; or one number for each step, 0 for a step that is not corrected.
       integrand, variable, power: as in `exponential_adams`.
+      stages: whether evaluations between nodes count; not where two of them are at one level.
 
     Nodes where z is infinite are left out, and a step from one is not corrected. Raises ValueError
     for a stochastic tableau, one on another grid, or one of another integrand.
@@ -55,7 +57,7 @@ def corrected(
         return weights(grid, level, end, places, integrand, variable, power)
 
     infinite = ("lambda", "rho") if not grid.backward else ()
-    return correct(tableau, grid, orders, integrand, rule, variable in infinite)
+    return correct(tableau, grid, orders, integrand, rule, variable in infinite, stages)
 
 
 def _orders(order: Any, steps: int) -> list[int]:
@@ -70,7 +72,7 @@ def _orders(order: Any, steps: int) -> list[int]:
 
 def correct(
     tableau: Tableau, grid: Grid, orders: Sequence[int], integrand: str, rule: Rule,
-    skip_pure_noise: bool,
+    skip_pure_noise: bool, stages: bool = True,
 ) -> Tableau:  # fmt: skip
     """`corrected` with the weights of a step given by `rule(level, end, places)`, newest first.
 
@@ -86,9 +88,11 @@ def correct(
         if not orders[i - 1] or (pure_noise and skip_pure_noise):
             continue
         row, first = rows_at[i], 1 if grid.ends[0] and skip_pure_noise else 0
-        places = levels[first : row + 1][::-1][: orders[i - 1]]
+        used = [r for r in range(row, first - 1, -1) if stages or r in rows_at][: orders[i - 1]]
         level, end = grid.node(i - 1), grid.node(i)
-        plan[row] = carry(xp, integrand, level, end), rule(level, end, places)
+        found = rule(level, end, [levels[r] for r in used])
+        ages = [row - r for r in used]
+        plan[row] = carry(xp, integrand, level, end), by_age(ages, found, xp.zeros(()))
     if not plan:
         return tableau
     history = max([tableau.history, *(len(found) for _, found in plan.values())])

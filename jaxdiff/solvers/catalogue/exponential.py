@@ -62,6 +62,9 @@ ENTRIES = (
             "deis_tab2_singlestep": Setting(
                 {"order": 3, "start": "singlestep"}, 3, extra=1, exact=Exactness("t", 2)
             ),
+            "deis_tab3_runge_kutta": Setting(
+                {"order": 4, "start": "runge_kutta"}, 4, extra=9, exact=Exactness("t", 3)
+            ),
             "deis_rhoab2": Setting(
                 {"order": 3, "variable": "rho"}, 2, exact=Exactness("rho", 2)
             ),
@@ -100,6 +103,17 @@ ENTRIES = (
             "adams_eps_root_t_4": Setting(
                 {"order": 4, "integrand": "eps", "variable": "t", "power": 0.5}, 2,
                 integrand="eps", ends=(False, True), exact=Exactness("t", 3, 0.5),
+            ),
+            "adams_x0_5_runge_kutta": Setting(
+                {"order": 5, "start": "runge_kutta"}, 5, extra=12, exact=Exactness("lambda", 4)
+            ),
+            "adams_v_4_runge_kutta": Setting(
+                {"order": 4, "integrand": "v", "variable": "angle", "start": "runge_kutta"}, 4,
+                integrand="v", extra=9, exact=Exactness("angle", 3),
+            ),
+            "adams_pc_3_4_runge_kutta": Setting(
+                {"order": 3, "corrector": 4, "integrand": "flow", "variable": "tau",
+                 "start": "runge_kutta"}, 4, integrand="flow", extra=6,
             ),
             "adams_pc_2_4": Setting({"order": 2, "corrector": 4}, 3),
             "adams_pc_1_4_eps": Setting(
