@@ -68,6 +68,10 @@ BROAD = Mixture(
     np.array([[1.0, 0.2], [-0.9, 0.6], [0.1, -1.1]]), np.array([0.6] * 3), np.array([0.3, 0.45, 0.25])
 )
 
+WIDE = Mixture(
+    np.random.default_rng(7).normal(size=(3, 16)), np.array([0.6] * 3), np.array([0.3, 0.45, 0.25])
+)
+
 
 def median_error(x, exact):
     """Median over samples of the Euclidean error."""

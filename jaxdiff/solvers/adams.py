@@ -83,16 +83,19 @@ def exponential_adams(
         level, end = grid.node(i), grid.node(i + 1)
         # The node at alpha = 0 stays in the history only where z is finite there.
         seen = [level] if limit(0, 2) == 1 and i == 1 and grid.ends[0] else [level, *seen]
-        highest, pure_noise = limit(i, order), grid.ends[0] and i == 0
+        seen = seen[: 4 * HIGHEST_ORDER]
+        highest = limit(i, order)
+        # Stages stand within the step, so not in one of infinite half-log-SNR.
+        finite = not (grid.ends[0] and i == 0) and not (grid.ends[1] and i == steps - 1)
         known = sum(place is not None for place in seen)
-        if start == "singlestep" and highest > 1 and known == 1 and not pure_noise:
+        if start == "singlestep" and highest > 1 and known == 1 and finite:
             middle = grid.at(grid.lam[i] + 0.5 * (grid.lam[i + 1] - grid.lam[i]))
             first = step(grid, level, middle, seen[:1], integrand, variable, power)
             second = step(grid, level, end, [middle], integrand, variable, power)
             rows.append(Row(level, [first, Update([1.0])]))
             rows.append(Row(middle, [Update([0.0, *second.s], second.m)]))
             seen = [middle, *seen]
-        elif start == "runge_kutta" and highest > known and not pure_noise:
+        elif start == "runge_kutta" and highest > known and finite:
             rows += _classical_step(grid, level, end, integrand)
             seen = [None, None, None, *seen]
             started.append(i)

@@ -14,6 +14,7 @@ polynomial, in the clock itself or in any other monotone variable z of the noise
 integrates that exactly.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,9 +149,12 @@ def weights(
     return [outer * g * w for g, w in zip(inner, basis @ measure)]
 
 
+_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
 def _gauss(xp: Any, start: Any, stop: Any, count: int) -> tuple[Any, Any]:
     """Nodes and weights of Gauss-Legendre quadrature from `start` to `stop`."""
-    points, measure = np.polynomial.legendre.leggauss(count)
+    points, measure = _legendre(count)
     half = 0.5 * (stop - start)
     return start + half * (1.0 + points), half * measure
 

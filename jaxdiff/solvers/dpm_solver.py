@@ -11,7 +11,7 @@ and x0 or eps is replaced by the polynomial through the last evaluations.
 from typing import Any
 
 from jaxdiff.grids import Grid
-from jaxdiff.solvers.clocks import Level, carry, weights
+from jaxdiff.solvers.clocks import Level, carry, check_choice, check_order, weights
 from jaxdiff.solvers.phi import interpolation_weights, phi
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -67,15 +67,10 @@ def _multistep(
     grid: Grid, order: int, solver_type: str, variant: str, lower_order_final: bool | None,
     euler_at_final: bool, start: str, integrand: str,
 ) -> Tableau:  # fmt: skip
-    if isinstance(order, (bool, float)) or order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    for name, value, accepted in (
-        ("solver_type", solver_type, ("midpoint", "heun")),
-        ("variant", variant, ("corrected", "published")),
-        ("start", start, ("ramp", "singlestep")),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
+    check_order(order, 3)
+    check_choice("solver_type", solver_type, ("midpoint", "heun"))
+    check_choice("variant", variant, ("corrected", "published"))
+    check_choice("start", start, ("ramp", "singlestep"))
     name = "dpm_solver_pp_multistep" if integrand == "x0" else "dpm_solver_multistep"
     check_ends(grid, name, noise=integrand == "x0", data=True)
     steps, lam = grid.steps, grid.lam

@@ -14,6 +14,7 @@ from jaxdiff.arrays import namespace
 
 _SERIES_TERMS = 24
 _SERIES_RADIUS = 2.0
+_INVERSE_FACTORIALS = [1.0 / factorial(j) for j in range(64)]
 
 
 def phi(k: int, h: ArrayLike) -> Any:
@@ -24,20 +25,28 @@ def phi(k: int, h: ArrayLike) -> Any:
     """
     if k < 0:
         raise ValueError(f"phi_k needs k >= 0, got {k}")
+    if k == 0:
+        xp = namespace(h)
+        return xp.exp(xp.asarray(h) * 1.0)
+    return phis(k, h)[-1]
+
+
+def phis(k: int, h: ArrayLike) -> list[Any]:
+    """[phi_1(h), ..., phi_k(h)], as accurate as `phi`."""
     xp = namespace(h)
     h = xp.asarray(h) * 1.0
-    if k == 0:
-        return xp.exp(h)
     small = xp.abs(h) < _SERIES_RADIUS
     # Each branch sees an argument that is safe for it, so that neither can poison a gradient.
     series_h, far_h = xp.where(small, h, 0.0), xp.where(small, 1.0, h)
-    series = xp.zeros_like(h)
+    highest = xp.zeros_like(h)
     for j in reversed(range(_SERIES_TERMS)):
-        series = series * series_h + 1.0 / factorial(j + k)
-    far = xp.expm1(far_h) / far_h
+        highest = highest * series_h + _INVERSE_FACTORIALS[j + k]
+    # Near 0 the recurrence is stable downward from the highest, far from it upward.
+    near, far = [highest], [xp.expm1(far_h) / far_h]
     for j in range(1, k):
-        far = (far - 1.0 / factorial(j)) / far_h
-    return xp.where(small, series, far)
+        near.insert(0, series_h * near[0] + _INVERSE_FACTORIALS[k - j])
+        far.append((far[-1] - _INVERSE_FACTORIALS[j]) / far_h)
+    return [xp.where(small, a, b) for a, b in zip(near, far)]
 
 
 def interpolation_weights(offsets: Any, h: ArrayLike, sign: float = -1.0) -> Any:
@@ -51,8 +60,8 @@ def interpolation_weights(offsets: Any, h: ArrayLike, sign: float = -1.0) -> Any
     xp = namespace(h, offsets)
     count = len(offsets)
     scaled = [offset / h for offset in offsets]
-    matrix = xp.stack([xp.stack([xp.asarray(r) ** j for r in scaled]) for j in range(count)])
-    moments = xp.stack([factorial(j) * phi(j + 1, sign * h) for j in range(count)])
+    moments = xp.asarray([factorial(j) * p for j, p in enumerate(phis(count, sign * h))])
     if count == 1:
         return moments * h
+    matrix = xp.asarray([[r**j for r in scaled] for j in range(count)])
     return xp.linalg.solve(matrix, moments[:, None])[:, 0] * h

@@ -6,43 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import DETERMINISTIC, SETTINGS, build, run_all
 from oracles import BROAD
 
 import jaxdiff as jd
 from jaxdiff.solvers.catalogue import ALIASES
 
 PROCESS = jd.processes.vp_linear()
-SETTINGS = {
-    name: (entry, setting)
-    for entry in jd.solvers.CATALOGUE.values()
-    for name, setting in entry.settings.items()
-}
-DETERMINISTIC = [name for name, (_, setting) in SETTINGS.items() if setting.deterministic]
 FLOW = jd.processes.flow()
-
-
-def build(name, grid):
-    entry, setting = SETTINGS[name]
-    return entry.build(grid, **setting.options)
 
 
 def mixture(prediction="x0", process=PROCESS):
     return jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, process, prediction)
 
 
-def stacked_run(tableaux, x, key=None, **kwargs):
-    """All tables in one program; x [tables, batch, dim] or [batch, dim]."""
-    run = lambda t, x: jd.sample(mixture(), t, x, key, **kwargs)  # noqa: E731
-    return jax.vmap(run, (0, 0 if x.ndim == 3 else None))(jd.solvers.stack(tableaux), x)
+def integrand(name):
+    entry, setting = SETTINGS[name]
+    return entry.integrand_of(setting)
 
 
-def start(rng, count, grid, dim=2):
+def start(rng, count, grid):
     return BROAD.sample(rng, count, grid.alpha[0], grid.sigma[0])
 
 
 @functools.cache
 def short_runs():
-    """Every solver with 1, 2, 3 and 5 steps, to sigma > 0 and to sigma = 0, stacked and looped."""
+    """Every solver with 1, 2, 3 and 5 steps, to sigma > 0 and to sigma = 0: {case: (table, x)}."""
     with jax.enable_x64(True):
         cases = {}
         for end in ("t_min", "zero"):
@@ -51,8 +40,8 @@ def short_runs():
                 for name in SETTINGS:
                     cases[name, steps, end] = build(name, grid)
         x = jnp.asarray(start(np.random.default_rng(0), 4, jd.grids.uniform(PROCESS, 1)))
-        out = stacked_run(list(cases.values()), x, jax.random.key(0))
-        return x, dict(zip(cases, zip(cases.values(), np.asarray(out))))
+        out = run_all(mixture(), list(cases.values()), x, key=jax.random.key(0))
+        return x, dict(zip(cases, zip(cases.values(), out)))
 
 
 @pytest.mark.xdist_group("catalogue")
@@ -61,19 +50,30 @@ def short_runs():
 def test_one_to_three_steps_end_at_data(steps, end):
     """Finite, and where the data are: within 4.5 of the mean, whose spread is about 1.1.
 
-    Methods that integrate eps or flow are only finite: a first step from rho = 152 to 2 extrapolates
-    a prediction that has nothing to do with what follows.
+    Methods that integrate eps, flow or v, and noisy ones, are only finite: a first step from rho =
+    152 to 2 extrapolates a prediction that has nothing to do with what follows.
     """
     _, runs = short_runs()
-    for name, (entry, setting) in SETTINGS.items():
+    for name, (_, setting) in SETTINGS.items():
         _, x = runs[name, steps, end]
         assert np.all(np.isfinite(x)), name
-        if entry.integrand_of(setting) == "x0":
+        if integrand(name) == "x0" and setting.deterministic:
             assert np.abs(x).max() < 4.5, name
 
 
+def one_of_each_shape():
+    """One setting for each combination of registers, history, outputs, rows and noise."""
+    grid = jd.grids.half_log_snr(PROCESS, 3)
+    shapes = {}
+    for name in SETTINGS:
+        t = build(name, grid)
+        shape = (t.rows, t.registers, t.history, t.outputs, t.C is None, t.start.C is None)
+        shapes.setdefault((*shape, t.d is None), name)
+    return list(shapes.values())
+
+
 @pytest.mark.xdist_group("catalogue")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", one_of_each_shape())
 def test_stacked_is_looped(x64, name):
     x, runs = short_runs()
     tableau, stacked = runs[name, 3, "t_min"]
@@ -95,43 +95,61 @@ def test_nfe_is_the_number_of_evaluations(name):
     np.testing.assert_array_equal(both.nfe, [tableau.nfe, final.nfe])
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if "churn" not in name])
-def test_one_step_to_sigma_zero_is_the_denoised_state(x64, name):
+@pytest.mark.xdist_group("catalogue")
+def test_one_step_to_sigma_zero_is_the_denoised_state():
     """With one step to sigma = 0 every method is x0(x_T): the limit, in closed form.
 
-    But for churn, which evaluates at a noisier state.
+    But for those that add noise before they evaluate, and for v, whose first-order step is not DDIM.
     """
-    grid = jd.grids.uniform(PROCESS, 1, end="zero")
-    x = start(np.random.default_rng(1), 8, grid)
-    got = jd.sample(mixture(), build(name, grid), x, jax.random.key(0))
+    x, runs = short_runs()
+    grid = jd.grids.uniform(PROCESS, 1)
     alpha, sigma = grid.alpha[0], grid.sigma[0]
+    x = np.asarray(x)
     expected = (x + sigma**2 * BROAD.score(x, alpha, sigma)) / alpha
-    np.testing.assert_allclose(got, expected, rtol=1e-9)
+    compared = 0
+    for name in SETTINGS:
+        table, got = runs[name, 1, "zero"]
+        if table.start.C is None and integrand(name) != "v":
+            np.testing.assert_allclose(got, expected, rtol=1e-9, err_msg=name)
+            compared += 1
+    assert compared > 0.9 * len(SETTINGS)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_pure_noise_is_supported_or_refused(x64, name):
-    """From alpha = 0, where x_T says nothing: one step is the mean of the data."""
-    entry, setting = SETTINGS[name]
-    grid = jd.grids.uniform(FLOW, 4)
-    if not entry.ends_of(setting)[0]:
-        with pytest.raises(ValueError, match="alpha = 0"):
-            build(name, grid)
-        return
+@pytest.mark.xdist_group("catalogue")
+def test_pure_noise_is_supported_or_refused():
+    """From alpha = 0, where x_T says nothing: one step is the mean of the data, 40 its spread."""
+    supported = []
+    for name, (entry, setting) in SETTINGS.items():
+        if entry.ends_of(setting)[0]:
+            supported.append(name)
+        else:
+            with pytest.raises(ValueError, match="alpha = 0"):
+                build(name, jd.grids.uniform(FLOW, 4))
     x = np.random.default_rng(2).normal(size=(2000, 2))
-    denoiser = mixture(process=FLOW)
-    many = jd.sample(denoiser, build(name, jd.grids.uniform(FLOW, 40)), x, jax.random.key(0))
     mean, cov = BROAD.moments()
-    np.testing.assert_allclose(np.mean(many, 0), mean, atol=0.12)
-    np.testing.assert_allclose(np.cov(np.asarray(many).T), cov, atol=0.2)
-    one = jd.sample(denoiser, build(name, jd.grids.uniform(FLOW, 1)), x[:4], jax.random.key(0))
-    np.testing.assert_allclose(one, np.tile(mean, (4, 1)), atol=1e-12)
+    with jax.enable_x64(True):
+        many, one = (
+            run_all(mixture(process=FLOW), [build(name, grid) for name in supported], x[:count],
+                    key=jax.random.key(0))
+            for grid, count in ((jd.grids.uniform(FLOW, 40), 2000), (jd.grids.uniform(FLOW, 1), 4))
+        )  # fmt: skip
+    for name, samples, single in zip(supported, many, one):
+        np.testing.assert_allclose(np.mean(samples, 0), mean, atol=0.12, err_msg=name)
+        np.testing.assert_allclose(np.cov(samples.T), cov, atol=0.2, err_msg=name)
+        if integrand(name) != "v":
+            np.testing.assert_allclose(single, np.tile(mean, (4, 1)), atol=1e-12, err_msg=name)
 
 
 def test_an_eps_network_at_pure_noise_is_named():
     grid = jd.grids.uniform(FLOW, 4)
     with pytest.raises(ValueError, match="alpha = 0.*'eps' network.*v, x0 or flow"):
         jd.sample(mixture("eps"), jd.solvers.ddim(grid), jnp.zeros((2, 2)))
+
+
+# The bi-directional method with gamma < 1 amplifies rounding in every step (tests/solvers/test_bdia.py).
+ROUNDED = [
+    name for name in DETERMINISTIC if SETTINGS[name][1].options.get("gamma", 1.0) == 1.0
+]
 
 
 @pytest.mark.xdist_group("catalogue")
@@ -144,12 +162,13 @@ def test_float32_is_close_to_float64(spacing):
             for steps in (10, 50):
                 grid = getattr(jd.grids, spacing)(PROCESS, steps)
                 x = start(np.random.default_rng(3), 100, grid).astype(dtype)
-                tables = [build(name, grid) for name in DETERMINISTIC]
-                results[dtype, steps] = np.asarray(stacked_run(tables, jnp.asarray(x)), np.float64)
+                tables = [build(name, grid) for name in ROUNDED]
+                ends = run_all(mixture(), tables, jnp.asarray(x))
+                results[dtype, steps] = np.asarray(ends, np.float64)
     for steps in (10, 50):
         error = np.abs(results[np.float32, steps] - results[np.float64, steps]).max(-1)
         worst = np.quantile(error, 0.99, axis=1)
-        assert worst.max() < 1e-4, dict(zip(DETERMINISTIC, worst))
+        assert worst.max() < 1e-4, {n: w for n, w in zip(ROUNDED, worst) if w >= 1e-4}
 
 
 def test_a_solver_encodes_and_decodes(x64):
@@ -194,13 +213,13 @@ def test_every_entry_can_be_cited():
         ("ddim", {"outputs": 3}, "outputs must be 1 or 2"),
         ("ddim", {"eta": 3.0}, "more noise than sigma"),
         ("ddpm", {"variance": "big"}, "variance must be 'fixed_small' or 'fixed_large'"),
-        ("dpm_solver_pp_multistep", {"order": 4}, "order must be 1, 2 or 3, got 4"),
+        ("dpm_solver_pp_multistep", {"order": 4}, "order must be an integer from 1 to 3, got 4"),
         ("dpm_solver_pp_multistep", {"start": "rampp"}, "start must be one of"),
-        ("dpm_solver_pp_multistep", {"order": True}, "order must be 1, 2 or 3, got True"),
-        ("unipc", {"order": 0}, "order must be 1, 2 or 3, got 0"),
-        ("unipc", {"order": 2.0}, "order must be 1, 2 or 3, got 2.0"),
+        ("dpm_solver_pp_multistep", {"order": True}, "order must be an integer from 1 to 3, got True"),
+        ("unipc", {"order": 0}, "order must be an integer from 1 to 6, got 0"),
+        ("unipc", {"order": 2.0}, "order must be an integer from 1 to 6, got 2.0"),
         ("ddim", {"outputs": True}, "outputs must be 1 or 2, got True"),
-        ("unipc", {"variant": "bh3"}, "variant must be 'bh1' or 'bh2'"),
+        ("unipc", {"variant": "bh3"}, "variant must be one of .*'bh1', 'bh2', 'vary_coeff'"),
         ("unipc", {"corrector": [True]}, "corrector must be one flag or 4, got 1"),
         ("heun", {"s_churn": -1.0}, "s_churn=-1.0"),
     ],

@@ -1,29 +1,20 @@
 """Wrappers against closed forms: Gaussian data, where the first step is exact, and a chain of steps."""
 
-import jax
 import numpy as np
 import pytest
+from listed import SETTINGS, build, run_all
 from oracles import BROAD
+from scipy.integrate import solve_ivp
 
 import jaxdiff as jd
 
 VP = jd.processes.vp_linear()
 FLOW = jd.processes.flow()
-SETTINGS = {
-    name: (entry, setting)
-    for entry in jd.solvers.CATALOGUE.values()
-    for name, setting in entry.settings.items()
-}
 MEAN, STD = 0.7, 1.3
 
 
 def gaussian(process, mean=MEAN, std=STD, dim=3):
     return jd.gaussian_mixture(np.full((1, dim), mean), np.array([std]), np.ones(1), process)
-
-
-def build(name, grid):
-    entry, setting = SETTINGS[name]
-    return entry.build(grid, **setting.options)
 
 
 @pytest.mark.parametrize("process", [VP, FLOW, jd.processes.edm()], ids=["vp", "flow", "edm"])
@@ -42,8 +33,7 @@ def test_for_gaussian_data_the_analytic_first_step_changes_nothing(x64, process)
             tables += [table, jd.solvers.analytic_first_step(table, MEAN, STD)]
             assert tables[-1].nfe == tables[-2].nfe - 1, name
         noise = np.random.default_rng(1).normal(size=(max(t.draws for t in tables), 4, 3))
-        run = jax.vmap(lambda t: jd.sample(gaussian(process), t, x, noise=noise))  # noqa: B023
-        out = np.asarray(run(jd.solvers.stack(tables)))
+        out = np.stack(run_all(gaussian(process), tables, x, noise=noise))
         np.testing.assert_allclose(out[1::2], out[::2], rtol=1e-9, atol=1e-9)
 
 
@@ -74,8 +64,6 @@ def test_one_spread_gives_the_published_rule(x64):
 @pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
 def test_teleport_is_the_flow_of_a_rank_deficient_gaussian(x64, process):
     """Against DOP853 on the flow in rho (row 74: five dimensions, rank three)."""
-    from scipy.integrate import solve_ivp
-
     rng = np.random.default_rng(3)
     factor, mean = rng.normal(size=(5, 3)), rng.normal(size=5)
     cov = factor @ factor.T
@@ -110,31 +98,32 @@ def test_denoise_to_zero_is_x0_at_the_last_node(x64):
 
 
 GRID = jd.grids.half_log_snr(VP, 4)
+DDIM = jd.solvers.ddim(GRID)
+first_step, teleport = jd.solvers.analytic_first_step, jd.solvers.teleport
+corrected, KARRAS = jd.solvers.corrected, jd.grids.karras
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jd.solvers.analytic_first_step(jd.solvers.ddim(jd.grids.uniform(VP, 1))), "at least 2"),
-        (lambda: jd.solvers.analytic_first_step(jd.solvers.ddim(GRID), std=0.0), "std must be positive"),
-        (lambda: jd.solvers.analytic_first_step(jd.solvers.euler(GRID, s_churn=9.0)), "start is plain"),
-        (lambda: jd.solvers.analytic_first_step(jd.solvers.stack([jd.solvers.ddim(GRID)])), "stacked"),
-        (lambda: jd.solvers.teleport(jd.solvers.ddim(GRID), 0.1, 1.0, np.zeros(3), np.eye(2)), r"\(3, 3\)"),
-        (lambda: jd.solvers.teleport(jd.solvers.ddim(GRID), 0.1, 1.0, np.zeros(2), -np.eye(2)), "eigenvalue"),
+        (lambda: first_step(jd.solvers.ddim(jd.grids.uniform(VP, 1))), "at least 2"),
+        (lambda: first_step(DDIM, std=0.0), "std must be positive"),
+        (lambda: first_step(jd.solvers.euler(GRID, s_churn=9.0)), "start is plain"),
+        (lambda: first_step(jd.solvers.stack([DDIM])), "stacked"),
+        (lambda: teleport(DDIM, 0.1, 1.0, np.zeros(3), np.eye(2)), r"\(3, 3\)"),
+        (lambda: teleport(DDIM, 0.1, 1.0, np.zeros(2), -np.eye(2)), "eigenvalue"),
         (
-            lambda: jd.solvers.denoise_to_zero(
-                jd.solvers.ddim(GRID), jd.grids.half_log_snr(VP, 4, end="zero")
-            ),
+            lambda: jd.solvers.denoise_to_zero(DDIM, jd.grids.half_log_snr(VP, 4, end="zero")),
             "ends at sigma > 0",
         ),
-        (lambda: jd.solvers.corrected(jd.solvers.ddpm(GRID), GRID), "deterministic"),
-        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, integrand="eps"), "not 'eps'"),
-        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), jd.grids.karras(VP, 4)), "does not evaluate"),
-        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), jd.grids.karras(VP, 5)), "each of .* 6 nodes"),
-        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, [2, 2]), "one number or 4, got 2"),
-        (lambda: jd.solvers.corrected(jd.solvers.ddim(GRID), GRID, 1), "from 2"),
+        (lambda: corrected(jd.solvers.ddpm(GRID), GRID), "deterministic"),
+        (lambda: corrected(DDIM, GRID, integrand="eps"), "not 'eps'"),
+        (lambda: corrected(DDIM, KARRAS(VP, 4)), "does not evaluate"),
+        (lambda: corrected(DDIM, KARRAS(VP, 5)), "each of .* 6 nodes"),
+        (lambda: corrected(DDIM, GRID, [2, 2]), "one number or 4, got 2"),
+        (lambda: corrected(DDIM, GRID, 1), "from 2"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

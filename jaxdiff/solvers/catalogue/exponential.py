@@ -86,8 +86,9 @@ ENTRIES = (
             "adams_x0_angle_4": Setting(
                 {"order": 4, "variable": "angle"}, 2, exact=Exactness("angle", 3)
             ),
-            "adams_x0_kappa_3": Setting(
-                {"order": 3, "variable": "kappa"}, 2, exact=Exactness("kappa", 2)
+            "adams_x0_root_kappa_2": Setting(
+                {"order": 2, "variable": "kappa", "power": 0.5}, 2,
+                exact=Exactness("kappa", 1, 0.5),
             ),
             "adams_v_3": Setting(
                 {"order": 3, "integrand": "v", "variable": "angle", "start": "singlestep"}, 3,
@@ -104,8 +105,9 @@ ENTRIES = (
                 {"order": 4, "integrand": "eps", "variable": "t", "power": 0.5}, 2,
                 integrand="eps", ends=(False, True), exact=Exactness("t", 3, 0.5),
             ),
-            "adams_x0_5_runge_kutta": Setting(
-                {"order": 5, "start": "runge_kutta"}, 5, extra=12, exact=Exactness("lambda", 4)
+            "adams_eps_t_5_runge_kutta": Setting(
+                {"order": 5, "integrand": "eps", "variable": "t", "start": "runge_kutta"}, 5,
+                integrand="eps", ends=(False, True), extra=12, exact=Exactness("t", 4),
             ),
             "adams_v_4_runge_kutta": Setting(
                 {"order": 4, "integrand": "v", "variable": "angle", "start": "runge_kutta"}, 4,
@@ -138,7 +140,6 @@ ENTRIES = (
                 {"order": 2, "integrand": "eps"}, 3, integrand="eps", ends=(False, True)
             ),
             "unipc_2_vary_coeff": Setting({"order": 2, "variant": "vary_coeff"}, 3),
-            "unipc_3_vary_coeff": Setting({"order": 3, "variant": "vary_coeff"}, 3),
             "unip_2": Setting({"order": 2, "corrector": False}, 2),
         },
         1, "x0", (True, True), "unipc", "predictor-corrector",
