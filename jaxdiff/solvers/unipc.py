@@ -1,6 +1,7 @@
 """UniPC: a predictor and a corrector that costs no evaluation."""
 
 from collections.abc import Sequence
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import numpy as np
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.clocks import Level, carry, check_choice, check_order, coordinate, weights
 from jaxdiff.solvers.corrector import correct
+from jaxdiff.solvers.phi import phis
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 HIGHEST_ORDER = 6
+VARIANTS = ("bh1", "bh2", "vary_coeff", "vary_coeff_published")
 
 
 def unipc(
@@ -30,8 +33,8 @@ def unipc(
       variant: with three evaluations or more the paper's equations for the differences are those of
         polynomial interpolation, whatever B is; B decides steps of two, whose difference has the
         coefficient B(h) / 2. "vary_coeff" integrates the line through two evaluations exactly as
-        well, the full sum of appendix C (the authors' code leaves terms of the corrector's sum
-        out, and converges at order 1).
+        well. "vary_coeff_published" is the authors' code, whose corrector leaves terms of the sum
+        out: above order 1 it converges at order 1.
       integrand: "x0" (data prediction) or "eps" (noise prediction).
       corrector: whether to correct; or one flag a step, for the step that leaves node i (diffusers
         names the steps that are not corrected, `disable_corrector`).
@@ -45,7 +48,7 @@ def unipc(
     of their polynomials, as options of their own; `corrected` puts a corrector over any method.
     """
     check_order(order, HIGHEST_ORDER)
-    check_choice("variant", variant, ("bh1", "bh2", "vary_coeff"))
+    check_choice("variant", variant, VARIANTS)
     check_choice("integrand", integrand, ("x0", "eps"))
     steps = grid.steps
     if not isinstance(corrector, (bool, np.bool_, Sequence, np.ndarray)):
@@ -84,13 +87,39 @@ def _weights(
     correct: bool,
 ) -> list[Any]:  # fmt: skip
     """Weights of the evaluations at `places`, newest first: the newest is at `end` if `correct`."""
-    if len(places) != 2 or variant == "vary_coeff":
-        return weights(grid, level, end, places, integrand)
-    # x' = carry x - scale (expm1(hh) m + B(h) (difference of m over the step) / 2), m at `level`.
     xp = grid.xp
     lam = [coordinate(xp, "lambda", place) for place in (level, end, *places)]
     h = lam[1] - lam[0]
     hh, size = (-h, end[1]) if integrand == "x0" else (h, end[2])
+    if variant == "vary_coeff_published" and correct and len(places) > 1:
+        return _published_corrector(xp, [(at - lam[0]) / h for at in lam[2:]], hh, size)
+    if len(places) != 2 or variant.startswith("vary_coeff"):
+        return weights(grid, level, end, places, integrand)
+    # x' = carry x - scale (expm1(hh) m + B(h) (difference of m over the step) / 2), m at `level`.
     half = -size * (hh if variant == "bh1" else xp.expm1(hh)) * 0.5 * h / (lam[2] - lam[3])
     whole = -size * xp.expm1(hh)
     return [half, whole - half] if correct else [whole + half, -half]
+
+
+def _published_corrector(xp: Any, ratios: list[Any], hh: Any, size: Any) -> list[Any]:
+    """The authors' corrector; `ratios` (lambda_k - lambda) / h of the evaluations, the new one first.
+
+    With D_k = (m_k - m) / r_k and A the inverse of r_k^j / (j + 1)!, the whole sum is
+    sum_jk phi_{j+2} A_jk D_k. Theirs has the new D only in the last term, with the row before it.
+    """
+    others = ratios[2:]
+    r = xp.stack([*others, ratios[0]])
+    count = len(ratios) - 1
+    inverse = xp.linalg.inv(
+        xp.stack([xp.ones_like(r), *(r**j / factorial(j + 1) for j in range(1, count))], 1)
+    )
+    found = phis(count + 1, hh)
+    of_others = [
+        sum(found[j + 1] * inverse[j, k] for j in range(count - 1)) / others[k]
+        for k in range(count - 1)
+    ]
+    of_new = found[count] * inverse[max(count - 2, 0), count - 1]
+    differences = [of_new, *of_others]
+    first = -size * hh * (found[0] - sum(differences))
+    new, *rest = [-size * hh * d for d in differences]
+    return [new, first, *rest]

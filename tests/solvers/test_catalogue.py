@@ -57,7 +57,8 @@ def test_one_to_three_steps_end_at_data(steps, end):
     for name, (_, setting) in SETTINGS.items():
         _, x = runs[name, steps, end]
         assert np.all(np.isfinite(x)), name
-        if integrand(name) == "x0" and setting.deterministic:
+        stable = setting.options.get("variable") != "kappa"  # alpha / sigma extrapolates far
+        if integrand(name) == "x0" and setting.deterministic and stable:
             assert np.abs(x).max() < 4.5, name
 
 

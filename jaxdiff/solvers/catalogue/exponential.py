@@ -140,6 +140,12 @@ ENTRIES = (
                 {"order": 2, "integrand": "eps"}, 3, integrand="eps", ends=(False, True)
             ),
             "unipc_2_vary_coeff": Setting({"order": 2, "variant": "vary_coeff"}, 3),
+            "unipc_2_vary_coeff_published": Setting(
+                {"order": 2, "variant": "vary_coeff_published"}, 1
+            ),
+            "unipc_3_vary_coeff_published": Setting(
+                {"order": 3, "variant": "vary_coeff_published"}, 1
+            ),
             "unip_2": Setting({"order": 2, "corrector": False}, 2),
         },
         1, "x0", (True, True), "unipc", "predictor-corrector",
