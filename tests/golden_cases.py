@@ -12,8 +12,15 @@ SCHEDULERS = (
     "ddim", "ddpm", "euler", "flow_euler", "edm_euler", "heun", "flow_heun", "dpm_solver_pp",
     "edm_dpm_solver_pp", "unipc",
 )  # fmt: skip
+MORE_SCHEDULERS = (
+    "dpm_solver_singlestep", "dpm_solver", "dpm_solver_sde_multistep", "edm_dpm_solver_sde",
+    "cosine_dpm_solver", "dpm_solver_inverse", "deis", "sa_solver", "pndm", "ipndm", "lms", "kdpm2",
+    "kdpm2_ancestral", "euler_ancestral", "dpm_solver_sde", "lcm", "tcd", "consistency", "unclip",
+    "score_sde_ve", "score_sde_vp", "ddim_inverse", "flow_lcm", "flow_euler_ancestral",
+)  # fmt: skip
 _PREDICTIONS = {
     "epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow",
+    "score": "score", "consistency": "x0",
 }  # fmt: skip
 
 
@@ -55,9 +62,9 @@ class Case:
 
 
 @functools.cache
-def _load():
+def _load(schedulers):
     found, mixtures = [], []
-    for name in SCHEDULERS:
+    for name in schedulers:
         with np.load(Path(__file__).parent / "golden" / f"diffusers_{name}.npz") as z:
             info = json.loads(z["info"].tobytes())
             columns = {key: z[key] for key in z.files if key != "info"}
@@ -70,10 +77,15 @@ def _load():
 
 
 def cases():
-    """Every case, in the order of the files."""
-    return _load()[0]
+    """Every case of `SCHEDULERS`, in the order of the files."""
+    return _load(SCHEDULERS)[0]
+
+
+def more_cases():
+    """Every case of `MORE_SCHEDULERS`."""
+    return _load(MORE_SCHEDULERS)[0]
 
 
 def mixture():
     """{"means", "scales", "weights"} of the mixture whose exact network made all of them."""
-    return _load()[1]
+    return _load(SCHEDULERS)[1]

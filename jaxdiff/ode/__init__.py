@@ -16,6 +16,8 @@ dense output and SDE solvers give the terms to `diffrax.diffeqsolve` yourself: `
 `reverse_sde`, with `clock` for times and a `Problem` as `args`.
 """
 
+from jaxdiff.ode.dpm_solver import DPMSolver12 as DPMSolver12
+from jaxdiff.ode.dpm_solver import DPMSolver23 as DPMSolver23
 from jaxdiff.ode.solve import Solution as Solution
 from jaxdiff.ode.solve import encode as encode
 from jaxdiff.ode.solve import sample as sample

@@ -62,6 +62,10 @@ PAPERS: Mapping[str, Paper] = {
         "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models",
         "UniPC", "2302.04867",
     ),
+    "k_diffusion": Paper(
+        "Crowson, Katherine", 2022, "k-diffusion", "k-diffusion",
+        journal="https://github.com/crowsonkb/k-diffusion",
+    ),
     "deis": Paper(
         "Zhang, Qinsheng and Chen, Yongxin", 2023,
         "Fast Sampling of Diffusion Models with Exponential Integrator", "DEIS", "2204.13902",

@@ -117,6 +117,10 @@ ENTRIES = (
                 {"order": 3, "corrector": 4, "integrand": "flow", "variable": "tau",
                  "start": "runge_kutta"}, 4, integrand="flow", extra=6,
             ),
+            "adams_eps_3_blend": Setting(
+                {"order": 3, "integrand": "eps", "blend": 0.5}, 2, integrand="eps",
+                ends=(False, True), exact=Exactness("lambda", 1),
+            ),
             "adams_pc_2_4": Setting({"order": 2, "corrector": 4}, 3),
             "adams_pc_1_4_eps": Setting(
                 {"order": 1, "corrector": 4, "integrand": "eps", "variable": "rho"}, 2,
