@@ -251,7 +251,7 @@ def denoiser(case):
         found = jd.dynamic_threshold(found, case["dynamic_thresholding_ratio"], case["sample_max_value"])
     elif clips(case):
         limit = case["clip_sample_range"] or 1.0
-        found = jd.clip_x0(found, -limit, limit, keep_eps=case.scheduler == "ddim_inverse")
+        found = jd.clip_x0(found, -limit, limit)
     if case.scheduler == "lcm":
         params = (found, case["timestep_scaling"] or 10.0)
         return jd.Denoiser(skip_scaled, "x0", params, time=level)
@@ -280,7 +280,7 @@ def replayed():
             except ValueError as error:
                 out[case] = str(error)
                 continue
-            key = jax.tree.structure(model), tableau.C is not None, tableau.blind
+            key = jax.tree.structure(model), tableau.stochastic, tableau.blind
             groups[key].append((case, tableau, model))
         for (_, noisy, blind), members in groups.items():
             found, tables, models = zip(*members)

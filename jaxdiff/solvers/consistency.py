@@ -8,6 +8,7 @@ as steps are added, and none of these samplers has an order.
 from numbers import Real
 from typing import Any
 
+from jaxdiff.arrays import is_concrete
 from jaxdiff.grids import Grid
 from jaxdiff.processes.discrete import is_discrete
 from jaxdiff.solvers.clocks import check_choice
@@ -60,16 +61,17 @@ def tcd(grid: Grid, gamma: float = 0.3, variable: str = "t") -> Tableau:
         (_, alpha, sigma), (t1, alpha1, sigma1) = grid.node(i), grid.node(i + 1)
         rho, z = sigma1 / alpha1, None
         if gamma > 0 and not (grid.ends[1] and i == grid.steps - 1):
-            rho = (1.0 - gamma) * rho if variable == "rho" else _earlier(grid, gamma, t1)
-            # Where s = t' rounding must not leave less than nothing.
-            z = xp.sqrt(xp.maximum(sigma1**2 - (alpha1 * rho) ** 2, 0.0))
+            between = (1.0 - gamma) * rho if variable == "rho" else _earlier(grid, gamma, t1)
+            if between is not None:
+                rho = between
+                z = xp.sqrt((sigma1 - alpha1 * rho) * (sigma1 + alpha1 * rho))
         kept = alpha1 * rho / sigma
         rows.append(Row(grid.node(i), [Update([kept], [alpha1 - kept * alpha], z)]))
     return assemble(rows, "x0", xp)
 
 
 def _earlier(grid: Grid, gamma: float, t: Any) -> Any:
-    """sigma / alpha at the time (1 - gamma) t."""
+    """sigma / alpha at the time (1 - gamma) t; None if that is t itself."""
     process = grid._process
     if process is None:
         raise ValueError(
@@ -79,4 +81,6 @@ def _earlier(grid: Grid, gamma: float, t: Any) -> Any:
     s = (1.0 - gamma) * t
     if is_discrete(process):
         s = grid.xp.floor(s + 1e-6)  # 0.7 * 10 is 7
+    if is_concrete(s, t) and s == t:
+        return None
     return process.sigma(s) / process.alpha(s)

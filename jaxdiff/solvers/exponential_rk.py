@@ -131,11 +131,11 @@ def exponential_rk(
     check_choice("integrand", integrand, ("x0", "eps"))
     scheme = _scheme(method, c2, c3)
     check_ends(grid, "exponential_rk", noise=integrand == "x0", data=True)
-    inner = range(int(grid.ends[0]), grid.steps - int(grid.ends[1]))
-    blocks = [[first_order_row(grid, i, i + 1, integrand)] for i in range(grid.steps)]
-    starts = np.asarray(inner, int)
-    blocks[inner.start : inner.stop] = stage_rows(grid, starts, starts + 1, scheme, integrand)
-    return from_blocks(grid, blocks, integrand)
+    inner = np.arange(int(grid.ends[0]), grid.steps - int(grid.ends[1]))
+    ends = [i for i in range(grid.steps) if i not in inner]
+    blocks = {i: [first_order_row(grid, i, i + 1, integrand)] for i in ends}
+    blocks.update(zip(inner.tolist(), stage_rows(grid, inner, inner + 1, scheme, integrand)))
+    return from_blocks(grid, [blocks[i] for i in range(grid.steps)], integrand)
 
 
 def _scheme(method: str, c2: Any, c3: Any) -> Scheme:

@@ -41,7 +41,8 @@ def pndm(
     only on nodes uniform in rho. With variable ones the default start keeps order 4.
 
     Arguments:
-      order: predictions combined, 1 to 5 (4 for "published" coefficients); fewer in the first steps where there are none yet.
+      order: predictions combined, 1 to 5 (4 for "published" coefficients); fewer in the first steps
+        where there are none yet.
       start: "runge_kutta" makes the first order - 1 steps with Runge-Kutta 4 in phi (9 evaluations
         more for order 4); "heun" the first with the mean of the predictions at both ends (1 more);
         "euler" with phi itself. A step to sigma = 0 needs none of these.

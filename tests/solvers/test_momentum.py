@@ -256,7 +256,7 @@ def test_variable_coefficients_tend_to_the_papers_on_uniform_steps():
         np.testing.assert_allclose(ours.A[-1], constant.A[-1], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(ours.B[-1], constant.B[-1], rtol=1e-9)
         # The velocities of the first steps have not settled.
-        assert np.abs(ours.A[3, 0, 1:] / constant.A[3, 0, 1:] - 1).max() > 1e-3
+        assert abs(ours.A[3, 0, 1] / constant.A[3, 0, 1] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])

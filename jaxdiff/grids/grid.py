@@ -17,7 +17,7 @@ from jaxtyping import ArrayLike
 from jaxdiff.arrays import is_concrete, namespace
 from jaxdiff.interpolation import pchip
 from jaxdiff.processes import Process
-from jaxdiff.processes.discrete import check_half_log_snr, check_times, is_discrete
+from jaxdiff.processes.discrete import check_half_log_snr, check_times
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +109,7 @@ class Grid:
         where = xp.searchsorted(-self.lam if self.backward else self.lam,
                                 -lam if self.backward else lam)  # fmt: skip
         new = [xp.insert(a, where, b) for a, b in zip(self.node(slice(None)), self.at(lam))]
-        return _grid(*new, self._process, self.ends, self.backward)
+        return make(*new, self._process, self.ends, self.backward)
 
     def reversed(self) -> Grid:
         """The same nodes from data to noise: an encoder's grid."""
@@ -119,7 +119,7 @@ class Grid:
         )  # fmt: skip
 
 
-def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) -> Grid:
+def make(t, alpha, sigma, process=None, ends=(False, False), backward=False) -> Grid:
     """Check the nodes where the host can see them, and build the grid."""
     if not (np.ndim(t) == 1 and np.shape(t) == np.shape(alpha) == np.shape(sigma)):
         raise ValueError(
@@ -156,7 +156,7 @@ def _grid(t, alpha, sigma, process=None, ends=(False, False), backward=False) ->
     return grid
 
 
-def _on_host(tree: Any) -> Any:
+def on_host(tree: Any) -> Any:
     """JAX arrays with known values as float64 NumPy arrays; tracers and the rest unchanged."""
     known = lambda a: isinstance(a, jax.Array) and is_concrete(a)  # noqa: E731
     return jax.tree.map(lambda a: np.asarray(a, np.float64) if known(a) else a, tree)
@@ -201,7 +201,7 @@ def from_arrays(
     positive (the first node may have alpha = 0, the last sigma = 0).
     """
     xp = namespace(t, alpha, sigma)
-    return _grid(xp.asarray(t), xp.asarray(alpha), xp.asarray(sigma), ends=tuple(ends))
+    return make(xp.asarray(t), xp.asarray(alpha), xp.asarray(sigma), ends=tuple(ends))
 
 
 def from_times(
@@ -216,12 +216,12 @@ def from_times(
     Raises TypeError or ValueError for anything but a process and valid, ordered times, in [0,
     num_steps - 1] if it is discrete.
     """
-    _check(process, end)
-    process, t = _on_host(process), np.asarray(t, np.float64) if is_concrete(t) else t
+    check(process, end)
+    process, t = on_host(process), np.asarray(t, np.float64) if is_concrete(t) else t
     if t.ndim != 1 or t.shape[0] < (2 if end == "t_min" else 1):
         raise ValueError(f"times must be a vector of at least 2 nodes, got shape {t.shape}")
     check_times(process, t)
-    ends = _span_ends(process, t[0], t[-1], end) if ends is None else tuple(ends)
+    ends = span_ends(process, t[0], t[-1], end) if ends is None else tuple(ends)
     xp = namespace(t, process)
     t = xp.asarray(t)
     alpha, sigma = process.alpha(t), process.sigma(t)
@@ -231,10 +231,10 @@ def from_times(
             xp.concatenate([a, xp.full((1,), b, dtype=a.dtype)])
             for a, b in ((t * 1.0, last), (alpha, 1.0), (sigma, 0.0))
         )
-    return _grid(t, alpha, sigma, process, ends)
+    return make(t, alpha, sigma, process, ends)
 
 
-def _span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool, bool]:
+def span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool, bool]:
     """`Grid.ends` of a span; an end that is traced itself is taken to lie inside."""
     return (
         is_concrete(t_max) and bool(t_max == process.noise_time),
@@ -242,156 +242,8 @@ def _span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool
     )
 
 
-def _check(process: Any, end: str) -> None:
+def check(process: Any, end: str) -> None:
     if end not in ("t_min", "zero"):
         raise ValueError(f"end must be 't_min' or 'zero', got {end!r}")
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
-
-
-def _span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, ...]:
-    """The process and the span's ends, on the host where known; fractions 0..1 of the nodes."""
-    _check(process, end)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
-    t_max = process.t_max if t_max is None else t_max
-    t_min = process.t_min if t_min is None else t_min
-    process, t_max, t_min = _on_host((process, t_max, t_min))
-    if is_concrete(t_max, t_min) and not t_max > t_min:
-        raise ValueError(f"need t_max > t_min, got {t_max!r} and {t_min!r}")
-    # With a separate last node at sigma = 0 the span carries one node less.
-    nodes = steps if end == "zero" else steps + 1
-    return process, t_max, t_min, np.linspace(0.0, 1.0, nodes)
-
-
-def uniform(
-    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
-) -> Grid:
-    """Nodes uniform in t from t_max to t_min (the process's span by default)."""
-    return power(process, steps, 1.0, t_max=t_max, t_min=t_min, end=end)
-
-
-def power(
-    process: Process, steps: int, exponent: float = 2.0, *,
-    t_max: Any = None, t_min: Any = None, end: str = "t_min",
-) -> Grid:  # fmt: skip
-    """Nodes uniform in t^(1 / exponent)."""
-    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
-    if is_concrete(exponent) and not exponent > 0:
-        raise ValueError(f"the exponent must be positive, got {exponent!r}")
-    exponent = _on_host(exponent)
-    inverse = 1.0 / exponent
-    t = (t_max**inverse + u * (t_min**inverse - t_max**inverse)) ** exponent
-    return _from_span(process, t, t_max, t_min, end)
-
-
-def quadratic(
-    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
-) -> Grid:
-    """Nodes uniform in sqrt(t): DDIM's quadratic spacing (Song et al. 2021)."""
-    return power(process, steps, 2.0, t_max=t_max, t_min=t_min, end=end)
-
-
-def half_log_snr(
-    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
-) -> Grid:
-    """Nodes uniform in lambda (DPM-Solver's default spacing; Lu et al. 2022)."""
-    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
-    first, last = _finite_lam(process, t_max, t_min)
-    t = process.time(first + u * (last - first))
-    return _from_span(process, t, t_max, t_min, end)
-
-
-def karras(
-    process: Process, steps: int, rho: float = 7.0, *,
-    t_max: Any = None, t_min: Any = None, end: str = "t_min",
-) -> Grid:  # fmt: skip
-    """Nodes uniform in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5)."""
-    process, t_max, t_min, u = _span(process, steps, t_max, t_min, end)
-    first, last = _finite_lam(process, t_max, t_min)
-    if is_concrete(rho) and not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho!r}")
-    rho = _on_host(rho)
-    xp = namespace(first, last, rho)
-    a, b = xp.exp(-first / rho), xp.exp(-last / rho)
-    t = process.time(-rho * xp.log(a + u * (b - a)))
-    return _from_span(process, t, t_max, t_min, end)
-
-
-def _from_span(process, t, t_max, t_min, end):
-    """`from_times` with the span's ends put in exactly."""
-    xp = namespace(t, t_max, t_min)
-    place = np.zeros(t.shape, int)
-    place[-1], place[0] = 2, 1  # a single node is the noise end
-    t = xp.where(place == 1, t_max, xp.where(place == 2, t_min, t))
-    return from_times(process, t, end, _span_ends(process, t_max, t_min, end))
-
-
-def _finite_lam(process: Process, t_max: Any, t_min: Any) -> tuple[Any, Any]:
-    first, last = process.half_log_snr(t_max), process.half_log_snr(t_min)
-    if is_concrete(first, last) and not (np.isfinite(first) and np.isfinite(last)):
-        raise ValueError(
-            f"half-log-SNR is infinite at an end of [t_min={t_min}, t_max={t_max}]: give t_max "
-            "with alpha > 0, t_min with sigma > 0 (end='zero' adds a last step to sigma = 0)"
-        )
-    return first, last
-
-
-def _num_timesteps(process: Process, steps: Any, end: str) -> int:
-    """How many timesteps a discrete process has; raises unless `steps` of them can be chosen."""
-    _span(process, steps, None, None, end)
-    if not is_discrete(process):
-        raise TypeError(
-            "leading, linspace and trailing spacings need a discrete process (jaxdiff.processes."
-            f"ddpm, or its zero_terminal_snr), got {type(process).__name__}"
-        )
-    total = int(process.t_max) + 1
-    if steps > total:
-        raise ValueError(f"{steps} steps, but the process has {total} timesteps")
-    return total
-
-
-def _discrete(process: Process, timesteps: np.ndarray, end: str) -> Grid:
-    if end == "t_min" and timesteps[-1] > 0:
-        timesteps = np.append(timesteps, 0.0)
-    if end == "t_min" and timesteps.size < 2:
-        raise ValueError(
-            "one step of this spacing starts at timestep 0, where end='t_min' ends: use end='zero'"
-        )
-    return from_times(process, timesteps, end)
-
-
-def leading(process: Process, steps: int, offset: int = 0, end: str = "zero") -> Grid:
-    """Timesteps 0, k, 2k, ... (k = num_steps // steps) plus `offset`: DDIM's original spacing.
-
-    The last step goes to sigma = 0 (`end="zero"`) or to timestep 0 (`end="t_min"`, for which the
-    step is dropped where the last timestep is 0 already). The names are those of Lin et al. (2024),
-    who show its flaw: the first timestep is not the last of training, and with one step it is
-    `offset`. Raises TypeError unless the process is discrete, ValueError for more steps than it
-    has or an offset that leads out of it.
-    """
-    total = _num_timesteps(process, steps, end)
-    t = np.arange(steps)[::-1] * (total // steps) + offset
-    if t[0] > process.t_max or offset < 0:
-        raise ValueError(f"offset {offset} puts a timestep outside 0..{total - 1}")
-    return _discrete(process, t * 1.0, end)
-
-
-def linspace(process: Process, steps: int, end: str = "zero") -> Grid:
-    """`steps` timesteps rounded from num_steps - 1 to 0, then the end as in `leading`.
-
-    One step starts at num_steps - 1. Raises as `leading` does.
-    """
-    total = _num_timesteps(process, steps, end)
-    t = np.round(np.linspace(0.0, total - 1.0, steps))[::-1] if steps > 1 else [total - 1.0]
-    return _discrete(process, np.asarray(t), end)
-
-
-def trailing(process: Process, steps: int, end: str = "zero") -> Grid:
-    """Timesteps num_steps - 1, num_steps - 1 - k, ... (k = num_steps / steps), end as in `leading`.
-
-    Raises as `leading` does.
-    """
-    total = _num_timesteps(process, steps, end)
-    t = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
-    return _discrete(process, t, end)

@@ -1,0 +1,139 @@
+"""Spacings: nodes over a process's span, even in some variable of the noise level."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxdiff.arrays import is_concrete, namespace
+from jaxdiff.grids.grid import Grid, check, from_times, make, on_host, span_ends
+from jaxdiff.processes import Process
+
+
+def span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, ...]:
+    """The process and the span's ends, on the host where known; fractions 0..1 of the nodes."""
+    check(process, end)
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
+    t_max = process.t_max if t_max is None else t_max
+    t_min = process.t_min if t_min is None else t_min
+    process, t_max, t_min = on_host((process, t_max, t_min))
+    if is_concrete(t_max, t_min) and not t_max > t_min:
+        raise ValueError(f"need t_max > t_min, got {t_max!r} and {t_min!r}")
+    # With a separate last node at sigma = 0 the span carries one node less.
+    nodes = steps if end == "zero" else steps + 1
+    return process, t_max, t_min, np.linspace(0.0, 1.0, nodes)
+
+
+def uniform(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in t from t_max to t_min (the process's span by default)."""
+    return power(process, steps, 1.0, t_max=t_max, t_min=t_min, end=end)
+
+
+def power(
+    process: Process, steps: int, exponent: float = 2.0, *,
+    t_max: Any = None, t_min: Any = None, end: str = "t_min",
+) -> Grid:  # fmt: skip
+    """Nodes uniform in t^(1 / exponent)."""
+    process, t_max, t_min, u = span(process, steps, t_max, t_min, end)
+    if is_concrete(exponent) and not exponent > 0:
+        raise ValueError(f"the exponent must be positive, got {exponent!r}")
+    exponent = on_host(exponent)
+    inverse = 1.0 / exponent
+    t = (t_max**inverse + u * (t_min**inverse - t_max**inverse)) ** exponent
+    return _from_span(process, t, t_max, t_min, end)
+
+
+def quadratic(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in sqrt(t): DDIM's quadratic spacing (Song et al. 2021)."""
+    return power(process, steps, 2.0, t_max=t_max, t_min=t_min, end=end)
+
+
+def half_log_snr(
+    process: Process, steps: int, *, t_max: Any = None, t_min: Any = None, end: str = "t_min"
+) -> Grid:
+    """Nodes uniform in lambda (DPM-Solver's default spacing; Lu et al. 2022)."""
+    process, t_max, t_min, u = span(process, steps, t_max, t_min, end)
+    first, last = _finite_lam(process, t_max, t_min)
+    t = process.time(first + u * (last - first))
+    return _from_span(process, t, t_max, t_min, end)
+
+
+def karras(
+    process: Process, steps: int, rho: float = 7.0, *,
+    t_max: Any = None, t_min: Any = None, end: str = "t_min",
+) -> Grid:  # fmt: skip
+    """Nodes uniform in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5)."""
+    process, t_max, t_min, u = span(process, steps, t_max, t_min, end)
+    first, last = _finite_lam(process, t_max, t_min)
+    if is_concrete(rho) and not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho!r}")
+    rho = on_host(rho)
+    xp = namespace(first, last, rho)
+    a, b = xp.exp(-first / rho), xp.exp(-last / rho)
+    t = process.time(-rho * xp.log(a + u * (b - a)))
+    return _from_span(process, t, t_max, t_min, end)
+
+
+def _from_span(process, t, t_max, t_min, end):
+    """`from_times` with the span's ends put in exactly."""
+    xp = namespace(t, t_max, t_min)
+    place = np.zeros(t.shape, int)
+    place[-1], place[0] = 2, 1  # a single node is the noise end
+    t = xp.where(place == 1, t_max, xp.where(place == 2, t_min, t))
+    return from_times(process, t, end, span_ends(process, t_max, t_min, end))
+
+
+def _finite_lam(process: Process, t_max: Any, t_min: Any) -> tuple[Any, Any]:
+    first, last = process.half_log_snr(t_max), process.half_log_snr(t_min)
+    if is_concrete(first, last) and not (np.isfinite(first) and np.isfinite(last)):
+        raise ValueError(
+            f"half-log-SNR is infinite at an end of [t_min={t_min}, t_max={t_max}]: give t_max "
+            "with alpha > 0, t_min with sigma > 0 (end='zero' adds a last step to sigma = 0)"
+        )
+    return first, last
+
+
+def truncated_karras(
+    process: Process, steps: int, nodes: int = 12, rho: float = 7.0, stop: int = 8,
+    exponent: float = 1.2,
+) -> Grid:  # fmt: skip
+    """`steps` steps over the first part of a Karras grid, respaced in time.
+
+    The times of the first node and of node `stop` of `karras` with `nodes` nodes and `rho` are the
+    ends of a grid even in t^(1 / exponent): a sampler on it stops at a positive sigma, where the
+    detail that is left out costs the most steps (add `solvers.denoise_to_zero` for x0 there). Found
+    in the code of "Hyperparameters are all you need" (2025): 8 steps take the defaults, 5 and 6
+    steps nodes=8, rho=5, stop=6, 4 steps stop=5. Raises ValueError unless 0 < stop < nodes.
+    """
+    if not 0 < stop < nodes:
+        raise ValueError(f"need 0 < stop < nodes, got stop={stop!r}, nodes={nodes!r}")
+    whole = karras(process, nodes - 1, rho)
+    return power(process, steps, exponent, t_max=whole.t[0], t_min=whole.t[stop])
+
+
+def shifted(grid: Grid, shift: Any) -> Grid:
+    """`grid` with its inner nodes moved toward noise (shift > 1) or toward data (shift < 1).
+
+    With tau = sigma / (alpha + sigma) mapped to u = 1 at the first node and 0 at the last, u becomes
+
+        shift u / (1 + (shift - 1) u),
+
+    on a whole rectified-flow grid the resolution-dependent timestep shift of Esser et al., "Scaling
+    Rectified Flow Transformers" (2024). Levels are those of `Grid.at`; the ends stay. Raises
+    ValueError unless shift > 0, and for a backward grid.
+    """
+    if grid.backward or (is_concrete(shift) and not shift > 0):
+        raise ValueError(f"need a grid from noise to data and shift > 0, got {shift!r}")
+    xp = namespace(grid, shift)
+    tau = grid.sigma / (grid.alpha + grid.sigma)
+    u = (tau - tau[-1]) / (tau[0] - tau[-1])
+    moved = tau[-1] + shift * u / (1.0 + (shift - 1.0) * u) * (tau[0] - tau[-1])
+    inner = grid.at(xp.log1p(-moved[1:-1]) - xp.log(moved[1:-1]))
+    nodes = [
+        xp.concatenate([a[:1], b, a[-1:]]) for a, b in zip(grid.node(slice(None)), inner)
+    ]  # fmt: skip
+    return make(*nodes, grid._process, grid.ends)
