@@ -179,6 +179,7 @@ def _evaluate(arguments, experiment, tableau, options, source, scales, count) ->
 def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(experiment, tableau, sampler options): the run's own, with the command line's on top."""
     from jaxdiff.experiment import check_seed, make_tableau, sampler
+    from jaxdiff.solvers import own_grid
     from jaxdiff.training.run import read_experiment
 
     experiment = read_experiment(arguments.workdir)
@@ -190,11 +191,14 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     for name, own in (("solver", "options"), ("grid", "grid_options")):
         if getattr(arguments, name) not in (None, options[name]):
             options[own] = {}
+    implied = own_grid(arguments.solver or "")
+    if implied is not None and arguments.grid is None:
+        options["grid"], options["grid_options"] = implied
     for name in ("solver", "steps", "grid", "seed", "guidance", "batch_size"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
     options["options"] = options["options"] | dict(arguments.option)
-    options["grid_options"] = options["grid_options"] | dict(arguments.grid_option)
+    options["grid_options"] = dict(options["grid_options"]) | dict(arguments.grid_option)
     check_seed("--seed", options["seed"])
     experiment.check_guidance(options["guidance"])
     if options["batch_size"] < 1:

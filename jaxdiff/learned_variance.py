@@ -1,8 +1,8 @@
 """DDPM whose network also predicts the variance of each step.
 
-Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021): beside its prediction the
-network returns v, of the state's shape, and with h the half-log-SNR length of a step from sigma to
-sigma' the step draws noise of variance
+Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021): beside its prediction
+the network returns v, of the state's shape, and with h the half-log-SNR length of a step from sigma
+to sigma' the step draws noise of variance
 
     log var = (1 + v) / 2 log beta + (1 - v) / 2 log beta~,
     beta = sigma^2 (1 - exp(-2 h)),    beta~ = sigma'^2 (1 - exp(-2 h)),

@@ -26,7 +26,7 @@ _PREDICTIONS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """One run. `case[option]` is an option of the constructor, `step` or `set_timesteps`, or None."""
+    """One run. case[option] is an option of the constructor, `step` or `set_timesteps`, or None."""
 
     scheduler: str
     levels: str

@@ -18,6 +18,22 @@ def test_the_solver_table_is_the_catalogue():
     assert table == jd.solvers.markdown_table()
 
 
+def test_the_table_of_settings_is_the_catalogue():
+    page = (ROOT / "docs" / "solvers.md").read_text()
+    table = page.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
+    assert table == jd.solvers.settings_table()
+
+
+def test_settings_that_the_pages_name_exist():
+    known = set(jd.solvers.names())
+    page = (ROOT / "docs" / "references.md").read_text()
+    for row in page.splitlines():
+        cells = row.split("|")
+        if len(cells) > 5:
+            for name in re.findall(r"`([a-z0-9_]+)`", cells[4] + cells[5]):
+                assert name in known, name
+
+
 def test_links_lead_to_files():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -1,4 +1,4 @@
-"""Learned variances against the formula in NumPy, DDPM's own variances, and a network that has one."""
+"""Learned variances against the formula in NumPy, DDPM's own, and a network that has one."""
 
 import functools
 
@@ -90,10 +90,10 @@ def test_the_ends_of_the_range_are_the_fixed_variances(value, variance, start, x
 
 
 def test_variance_of_gaussian_data_with_the_exact_posterior(x64):
-    """The exact variance of the reverse step lies in the range, and with it the marginals are exact.
+    """With the exact variance of the reverse step the marginals are exact, in any number of steps.
 
-    For data N(0, c) the step x -> x' is Gaussian, with variance beta~ + (beta / sigma)^2 alpha'^2 times
-    the variance of x0 given x: any number of steps ends at the marginal.
+    For data N(0, c) the step x -> x' is Gaussian, with variance beta~ + (alpha' (1 - exp(-2 h)))^2
+    times the variance of x0 given x.
     """
     c, process = 0.25, jd.processes.vp_linear()
     grid = jd.grids.uniform(process, 3)
@@ -110,7 +110,7 @@ def test_variance_of_gaussian_data_with_the_exact_posterior(x64):
     tableau, control = learned_variance(grid)
     basis = np.eye(1 + tableau.draws)
     denoiser = jd.Denoiser(exact, ("x0", "x0"), 0.0)
-    # Linear in (x_T, z_1, ...): row k carries a 1 in place of the k-th of those independent normals.
+    # Linear in (x_T, z_1, ...): row k carries a 1 in place of the k-th of these normals.
     out = jd.sample(denoiser, tableau, basis[:, :1], noise=basis[1:, :, None], control=control)
     first, last = (grid.alpha[i] ** 2 * c + grid.sigma[i] ** 2 for i in (0, -1))
     variance = out[0, 0] ** 2 * first + (out[1:, 0] ** 2).sum()

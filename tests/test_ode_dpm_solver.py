@@ -1,4 +1,4 @@
-"""DPM-Solver-12 and -23: order, exact end points, the official loop, counted calls, what is refused."""
+"""DPM-Solver-12 and -23: the published step, order, exact end points, counted calls."""
 
 import diffrax
 import jax
@@ -198,7 +198,7 @@ def test_from_a_flow_process_and_in_float32():
     np.testing.assert_allclose(out.x, exact, rtol=0, atol=1e-3)
 
 
-# --- what is reported, and what is refused ----------------------------------------------------------
+# --- what is reported, and what is refused --------------------------------------------------------
 
 _calls = []
 

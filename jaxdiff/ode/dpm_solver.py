@@ -75,15 +75,16 @@ class DPMSolver12(_Exponential):
     """DPM-Solver-12: DPM-Solver-2 with r = 1/2, DPM-Solver-1 inside it. Two evaluations a step.
 
     For `jaxdiff.ode.solve`, or `diffrax.diffeqsolve` with `jaxdiff.ode.probability_flow("lambda")`,
-    in either direction, under any controller. Lu et al. (2022), appendix C; `dpm_solver_adaptive` of
-    the official code and k-diffusion's sample_dpm_adaptive with order=2, whose controllers are
-    `diffrax.PIDController(rtol=0.05, atol=0.0078)` but for their constants (an error is at most
-    max(atol, rtol |x|) there, atol + rtol |x| here). A rejected step costs as much as an accepted one.
+    in either direction, under any controller. Lu et al. (2022), `dpm_solver_adaptive` of the
+    official code; k-diffusion's sample_dpm_adaptive with order=2. Their controllers are
+    `diffrax.PIDController(rtol=0.05, atol=0.0078)` but for constants: an error is at most
+    max(atol, rtol |x|) there, atol + rtol |x| here. A rejected step costs as much as an accepted
+    one. At small tolerances `diffrax.Tsit5` needs far fewer evaluations.
 
     Arguments:
       integrand: "x0" (DPM-Solver++), or "eps".
-      solver_type: "dpm_solver" as published, or "taylor", which has phi_2 D_r / r for its second term
-        and integrates a linear m exactly.
+      solver_type: "dpm_solver" as published, or "taylor", with phi_2 D_r / r for the second term,
+        exact for an integrand linear in lambda.
 
     Raises ValueError for others, for a form of the flow but "lambda", and under `BacksolveAdjoint`.
     """

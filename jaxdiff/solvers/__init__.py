@@ -9,6 +9,8 @@ from jaxdiff.solvers.catalogue import citation as citation
 from jaxdiff.solvers.catalogue import find as find
 from jaxdiff.solvers.catalogue import markdown_table as markdown_table
 from jaxdiff.solvers.catalogue import names as names
+from jaxdiff.solvers.catalogue import own_grid as own_grid
+from jaxdiff.solvers.catalogue import settings_table as settings_table
 from jaxdiff.solvers.catalogue.entry import Entry as Entry
 from jaxdiff.solvers.catalogue.entry import Exactness as Exactness
 from jaxdiff.solvers.catalogue.entry import Setting as Setting

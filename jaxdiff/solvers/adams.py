@@ -93,7 +93,8 @@ def exponential_adams(
         seen = seen[: 4 * HIGHEST_ORDER]
         highest = limit(i, order)
         # Stages stand within the step, so not in one of infinite half-log-SNR.
-        finite = not (grid.ends[0] and i == 0) and not (grid.ends[1] and i == steps - 1)
+        ends = grid.ends[0] and i == 0, grid.ends[1] and i == steps - 1
+        finite = not any(ends)
         known = sum(place is not None for place in seen)
         if start == "singlestep" and highest > 1 and known == 1 and finite:
             middle = grid.at(grid.lam[i] + 0.5 * (grid.lam[i + 1] - grid.lam[i]))
@@ -109,10 +110,10 @@ def exponential_adams(
         else:
             ages = [age for age, place in enumerate(seen) if place is not None][:highest]
             places = [seen[age] for age in ages]
-            update = step(grid, level, end, places, integrand, variable, power)
+            update = step(grid, level, end, places, integrand, variable, power, ends)
             m = update.m
             if blend != 1.0 and len(places) == order:
-                lower = step(grid, level, end, places[:-1], integrand, variable, power).m
+                lower = step(grid, level, end, places[:-1], integrand, variable, power, ends).m
                 m = [blend * a + (1.0 - blend) * b for a, b in zip(m, [*lower, 0.0])]
             rows.append(Row(level, [Update(update.s, by_age(ages, m))]))
         nodes.append((len(rows), 0))
@@ -149,10 +150,10 @@ def _classical_step(grid: Grid, level: Level, end: Level, integrand: str) -> lis
 
 def step(
     grid: Grid, level: Level, end: Level, places: list[Level], integrand: str, variable: str,
-    power: float = 1.0,
+    power: float = 1.0, ends: tuple[bool, bool] | None = None,
 ) -> Update:  # fmt: skip
     """The update from `level` to `end` with the evaluations at `places`, newest first."""
-    found = weights(grid, level, end, places, integrand, variable, power)
+    found = weights(grid, level, end, places, integrand, variable, power, ends)
     return Update([carry(grid.xp, integrand, level, end)], found)
 
 

@@ -100,7 +100,7 @@ def carry(xp: Any, integrand: str, level: Level, end: Level) -> Any:
 
 def weights(
     grid: Grid, level: Level, end: Level, places: list[Level], integrand: str,
-    variable: str = "lambda", power: float = 1.0,
+    variable: str = "lambda", power: float = 1.0, ends: tuple[bool, bool] | None = None,
 ) -> list[Any]:  # fmt: skip
     """Weights w_k with  x(end) = carry x(level) + sum_k w_k m_k,  exact for polynomial integrands.
 
@@ -109,29 +109,33 @@ def weights(
     integrand's own clock, else by Gauss quadrature with 24 nodes. At alpha = 0 or sigma = 0 lambda
     is infinite: there `places` must hold one level if z is infinite too (the first-order limit), and
     where only the clock is infinite the limit is scale(end) times the polynomial's value there.
+    `ends` says whether `level` has alpha = 0 and whether `end` has sigma = 0: needed for traced nodes.
     """
     xp = grid.xp
-    first, last = (coordinate(xp, "lambda", place) for place in (level, end))
-    finite = not is_concrete(first, last) or bool(np.all(np.isfinite([first, last])))
+    concrete = is_concrete(level[1:], end[1:])
+    if ends is None:
+        ends = (bool(level[1] == 0), bool(end[2] == 0)) if concrete else (False, False)
     outer = scale(xp, integrand, end)
     (own, start), (_, stop) = (own_clock(xp, integrand, place) for place in (level, end))
     # An infinite clock: kappa at sigma = 0, where y / clock -> x0 at the end itself.
-    runaway = is_concrete(start, stop) and not np.all(np.isfinite([start, stop]))
+    runaway = ends[1] and own == "kappa"
+    first, last = (coordinate(xp, "lambda", place) for place in (level, end))
     inner = [1.0 if integrand != "v" else 1.0 / scale(xp, "v", place) for place in places]
     if len(places) == 1:
-        if runaway:
-            return [end[1] if integrand == "x0" else end[2]]
-        # outer * (stop - start), written so that nothing cancels.
+        # outer * (stop - start), where lambda is finite and known so written that nothing cancels.
+        plain = any(ends) or not concrete
         if integrand == "x0":
-            whole = -end[1] * xp.expm1(first - last)
+            whole = end[1] - end[2] * level[1] / level[2] if plain else (
+                -end[1] * xp.expm1(first - last)
+            )
         elif integrand == "eps":
-            whole = end[2] - end[1] * level[2] / level[1] if not finite else (
-                end[2] * -xp.expm1(last - first)
+            whole = end[2] - end[1] * level[2] / level[1] if plain else (
+                -end[2] * xp.expm1(last - first)
             )
         else:
             whole = outer * (stop - start)
         return [whole * inner[0]]
-    if finite and variable == "lambda" and power == 1.0 and integrand in ("x0", "eps"):
+    if not any(ends) and variable == "lambda" and power == 1.0 and integrand in ("x0", "eps"):
         offsets = [coordinate(xp, "lambda", place) - first for place in places]
         factor, sign = (end[1], -1.0) if integrand == "x0" else (-end[2], 1.0)
         return [factor * w for w in interpolation_weights(offsets, last - first, sign)]
@@ -144,7 +148,7 @@ def weights(
         points, measure = _gauss(xp, start, stop, (len(z) + 1) // 2)
         basis = _basis(xp, z, points)
     else:
-        levels, measure = _levels_between(grid, level, end, own, variable == "t", finite)
+        levels, measure = _levels_between(grid, level, end, own, variable == "t", not any(ends))
         basis = _basis(xp, z, coordinate(xp, variable, levels, power))
     return [outer * g * w for g, w in zip(inner, basis @ measure)]
 

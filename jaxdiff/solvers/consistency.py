@@ -1,8 +1,9 @@
 """Sampling from consistency models in several steps: jump towards the data, add noise, repeat.
 
-A consistency model's "denoised" x0 is not the posterior mean but where the probability flow ends, so
-each step is as good as the model, however long. With a posterior mean for x0 the result has no limit
-as steps are added, and none of these samplers has an order.
+A consistency model's "denoised" x0 is not the posterior mean but where the probability flow ends:
+each step is as good as the model, however long. With a posterior mean in its place more steps do
+not help (the variance of Gaussian data tends to half its own under `consistency`), and none of
+these samplers has an order.
 """
 
 from numbers import Real
@@ -19,10 +20,10 @@ from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 def consistency(grid: Grid) -> Tableau:
     """Multistep consistency sampling: x' = alpha' x0 + sigma' z; a step to sigma = 0 ends at x0.
 
-    Song, Dhariwal, Chen & Sutskever, "Consistency Models" (2023), algorithm 1; the sampler of latent
-    consistency models (Luo et al. 2023) and diffusers' LCMScheduler. `ddim` with eta = 1 and
-    noise_scale="full" by another name. The boundary condition x0 = c_skip x + c_out F belongs to the
-    network, not to the sampler. One evaluation a step, no order; every grid end is supported.
+    Song, Dhariwal, Chen & Sutskever, "Consistency Models" (2023), algorithm 1; the sampler of
+    latent consistency models (Luo et al. 2023) and diffusers' LCMScheduler. `ddim` with eta = 1 and
+    noise_scale="full" by another name. The boundary condition x0 = c_skip x + c_out F belongs to
+    the network, not to the sampler. One evaluation a step, no order; every grid end is supported.
     """
     return ddim(grid, 1.0, noise_scale="full")
 
@@ -45,8 +46,8 @@ def tcd(grid: Grid, gamma: float = 0.3, variable: str = "t") -> Tableau:
         process; or "rho", rho_s = (1 - gamma) rho', the same for EDM's process, where t is rho.
 
     Raises ValueError for gamma outside [0, 1], or above 0 on a grid from data to noise, and for
-    variable="t" on a grid from arrays, which does not know the level at s; TypeError for a gamma that
-    is not a number.
+    variable="t" on a grid from arrays, which does not know the level at s; TypeError for a gamma
+    that is not a number.
     """
     check_choice("variable", variable, ("t", "rho"))
     if isinstance(gamma, bool) or not isinstance(gamma, Real):
@@ -75,8 +76,8 @@ def _earlier(grid: Grid, gamma: float, t: Any) -> Any:
     process = grid._process
     if process is None:
         raise ValueError(
-            "variable='t' needs the process of the grid, which one from arrays does not have: take "
-            "variable='rho', or build the grid from a process (jaxdiff.grids.from_times(process, t))"
+            "variable='t' needs the grid's process, which one from arrays does not have: take "
+            "variable='rho', or build the grid by jaxdiff.grids.from_times(process, t)"
         )
     s = (1.0 - gamma) * t
     if is_discrete(process):

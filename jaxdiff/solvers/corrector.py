@@ -21,7 +21,7 @@ from jaxdiff.solvers.clocks import (
 )
 from jaxdiff.solvers.tableau import Tableau
 
-Rule = Callable[[Level, Level, list[Level]], Sequence[Any]]
+Rule = Callable[[Level, Level, list[Level], bool], Sequence[Any]]
 
 
 def corrected(
@@ -53,8 +53,8 @@ def corrected(
     check_choice("variable", variable, VARIABLES)
     orders = _orders(order, grid.steps)
 
-    def rule(level: Level, end: Level, places: list[Level]) -> Sequence[Any]:
-        return weights(grid, level, end, places, integrand, variable, power)
+    def rule(level: Level, end: Level, places: list[Level], pure_noise: bool) -> Sequence[Any]:
+        return weights(grid, level, end, places, integrand, variable, power, (pure_noise, False))
 
     infinite = ("lambda", "rho") if not grid.backward else ()
     return correct(tableau, grid, orders, integrand, rule, variable in infinite, stages)
@@ -74,9 +74,9 @@ def correct(
     tableau: Tableau, grid: Grid, orders: Sequence[int], integrand: str, rule: Rule,
     skip_pure_noise: bool, stages: bool = True,
 ) -> Tableau:  # fmt: skip
-    """`corrected` with the weights of a step given by `rule(level, end, places)`, newest first.
+    """`corrected` with the weights of a step given by `rule(level, end, places, whether alpha = 0 at level)`.
 
-    `skip_pure_noise` leaves out the evaluation at a node with alpha = 0.
+    Places and weights are newest first. `skip_pure_noise` leaves out the evaluation at a node with alpha = 0.
     """
     rows_at = _rows_at_nodes(tableau, grid, integrand)
     xp = namespace(tableau, grid.t, grid.alpha, grid.sigma)
@@ -90,7 +90,7 @@ def correct(
         row, first = rows_at[i], 1 if grid.ends[0] and skip_pure_noise else 0
         used = [r for r in range(row, first - 1, -1) if stages or r in rows_at][: orders[i - 1]]
         level, end = grid.node(i - 1), grid.node(i)
-        found = rule(level, end, [levels[r] for r in used])
+        found = rule(level, end, [levels[r] for r in used], pure_noise)
         ages = [row - r for r in used]
         plan[row] = carry(xp, integrand, level, end), by_age(ages, found, xp.zeros(()))
     if not plan:

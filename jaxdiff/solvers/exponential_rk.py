@@ -52,7 +52,8 @@ def two_stages_weak(c2: Any) -> Scheme:
 def three_stages(c2: Any, c3: Any) -> Scheme:
     """Order 3 (Hochbruck & Ostermann 2005, equations 5.8 and 5.9).
 
-    2 (gamma c2 + c3) = 3 (gamma c2^2 + c3^2); with c3 = 2/3 gamma is 0, and b_2 with it.
+    2 (gamma c2 + c3) = 3 (gamma c2^2 + c3^2); with c3 = 2/3 gamma is 0, and b_2 with it. (RES4LYF's
+    calculate_gamma has c3^3 for c3^2: of order 2, but for its default c3 = 1.)
     """
     gamma = c3 * (3.0 * c3 - 2.0) / (c2 * (2.0 - 3.0 * c2)) if c3 != 2 / 3 else 0.0
     share = 1.0 / (gamma * c2 + c3)

@@ -61,6 +61,11 @@ def gddim(
     def signal(t: Any, alpha: Any) -> Any:
         return alpha if scaling is None else alpha * xp.asarray(scaling(t))
 
+    def signals_at(t: Any, alpha: Any) -> Any:
+        if scaling is None:
+            return alpha
+        return xp.stack([signal(time, size) for time, size in zip(t, alpha)])
+
     rows, signals, seen = [], [], []
     for i, tau in enumerate(taus):
         (t, alpha, sigma), (t1, alpha1, sigma1) = grid.node(i), grid.node(i + 1)
@@ -77,8 +82,9 @@ def gddim(
             found = [along - a1 * sigma / a]
         else:
             points, measure = _points(xp, lam, grid.lam[i + 1])
-            inner = [grid.at(point) for point in points]
-            rhos = [s / signal(*level) for *level, s in inner]
+            times, inner, sigmas = grid.at(points)
+            inner = signals_at(times, inner)
+            rhos = sigmas.reshape(-1, *[1] * (inner.ndim - 1)) / inner
             found = _weights(seen, grid.lam[i + 1], sigma / a, sigma1 / a1, points, measure, rhos)
             found = [a1 * w for w in found]
         rows.append(Row(grid.node(i), [Update([a1 / a], found, noise)]))
@@ -104,7 +110,7 @@ def _points(xp: Any, start: Any, stop: Any) -> tuple[Any, Any]:
 
 
 def _weights(
-    seen: list[Any], stop: Any, rho: Any, rho1: Any, points: Any, measure: Any, rhos: list[Any]
+    seen: list[Any], stop: Any, rho: Any, rho1: Any, points: Any, measure: Any, rhos: Any
 ) -> list[Any]:
     """Weights of the predictions at half-log-SNR `seen`, newest first, in int P drho.
 
@@ -117,8 +123,8 @@ def _weights(
         value, slope, at_stop = value * (points - node), value + slope * (points - node), (
             at_stop * (stop - node)
         )  # fmt: skip
-        inner = sum(m * s * r for m, s, r in zip(measure, slope, rhos))
-        moments.append(at_stop * rho1 - inner)
+        inner = (measure * slope).reshape(-1, *[1] * (rhos.ndim - 1)) * rhos
+        moments.append(at_stop * rho1 - inner.sum(0))
     # The k-th divided difference is a combination of the newest k + 1 predictions.
     out = []
     for j, own in enumerate(seen):

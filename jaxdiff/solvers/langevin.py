@@ -31,12 +31,12 @@ def predictor_corrector(
 ) -> Tableau:  # fmt: skip
     """Predictor-corrector: a step of `predictor` to the next node, then Langevin steps there.
 
-    Song et al., "Score-Based Generative Modeling through SDEs" (2021), algorithm 1, with a step size
-    e that is a function of the level alone (score_sde's "ald" corrector, but for a factor
-    alpha_i^2 / alpha_{i-1}^2 close to 1; its "langevin" corrector divides by norms of the score and
-    of the noise, which no table can). The loop of score_sde runs the corrector before the predictor,
-    and so corrects x_T but not the result. 1 + `steps` evaluations a step, one in a step to sigma
-    = 0. Ends as the predictor's.
+    Song et al., "Score-Based Generative Modeling through SDEs" (2021), algorithm 1, with a step
+    size e that is a function of the level alone: score_sde's "ald" corrector, but for a factor
+    1 - beta_i close to 1. (Its "langevin" corrector divides by norms of the score and the noise,
+    which no table can.) The loop of score_sde runs the corrector before the predictor, and so
+    corrects x_T but not the result. 1 + `steps` evaluations a step, one in a step to sigma = 0.
+    Ends as the predictor's.
 
     Arguments:
       predictor: a builder with one evaluation a step and no memory: `ddpm`, `ddim`, `euler`,
@@ -47,8 +47,8 @@ def predictor_corrector(
         sqrt(dim) / sigma. Its bias stays as steps are added: no order.
         "step", for a time r h sigma^2, h the half-log-SNR length of the predictor's step, the
         dynamics' exact solution with x0 held:  x <- alpha x0 + exp(-r h) (x - alpha x0) +
-        sqrt(1 - exp(-2 r h)) sigma z.  As steps are added they add `steps` r to the tau^2 of the SDE
-        (0 for DDIM, 1 for DDPM): weak order 1.
+        sqrt(1 - exp(-2 r h)) sigma z.  As steps are added it adds `steps` r to the tau^2 of the
+        SDE (0 for DDIM, 1 for DDPM): weak order 1.
 
     Raises ValueError for a predictor that is not of this kind, a negative r or one whose steps are
     sigma^2 or longer, a backward grid or steps < 1; TypeError for an snr that is no number.
@@ -57,14 +57,13 @@ def predictor_corrector(
     _check(grid, "predictor_corrector", steps, snr)
     table = predictor(grid)
     _check_predictor(table, grid)
-    xp = namespace(table, grid.t)
     corrected = grid.steps - int(grid.ends[1])
     if corrected == 0:
         return _renumbered(table, np.arange(1), np.asarray([(0, 0), (1, 0)]))
     rows = []
     for i in range(1, corrected + 1):
         rows += [_langevin(grid, i, snr, rule)] * steps
-    both = _appended(table, assemble(rows, "x0", xp))
+    both = _appended(table, assemble(rows, "x0", namespace(grid.t, rows)))
     order, nodes = [], [(0, 0)]
     for i in range(grid.steps):
         order.append(i)
@@ -79,17 +78,17 @@ def annealed_langevin(grid: Grid, steps: int = 10, snr: StepSize = 0.16) -> Tabl
 
     Song & Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution" (2019),
     algorithm 1, for any process: x / alpha is kept from node to node. e = 2 (snr sigma)^2; their
-    step size is 2 e, their epsilon 4 (snr sigma_L)^2 with sigma_L the last level. A step to sigma = 0
-    is the denoised state, NCSN++'s last step (Jolicoeur-Martineau et al. 2021). `steps` evaluations
-    a step, one in a step to sigma = 0; no order: it follows the levels with the lag of the dynamics
-    and its bias. Needs alpha > 0 at the noise end.
+    step size is 2 e, their epsilon 4 (snr sigma_L)^2 with sigma_L the last level. A step to sigma
+    = 0 is the denoised state (Jolicoeur-Martineau et al. 2021). `steps` evaluations a step, one in
+    a step to sigma = 0; no order: it follows the levels with the lag of the dynamics and its bias.
+    Needs alpha > 0 at the noise end.
 
     Arguments and errors as in `predictor_corrector`.
     """
     _check(grid, "annealed_langevin", steps, snr)
     check_ends(grid, "annealed_langevin", noise=False, data=True)
     rows, nodes = [], [(0, 0)]
-    xp, zero = grid.xp, grid.ends[1]
+    zero = grid.ends[1]
     for i in range(1, len(grid) - int(zero)):
         rows += [_langevin(grid, i, snr, "level")] * steps
         nodes.append((len(rows), 0))
@@ -102,7 +101,7 @@ def annealed_langevin(grid: Grid, steps: int = 10, snr: StepSize = 0.16) -> Tabl
     if zero:
         rows.append(Row(grid.node(grid.steps - 1), [Update([0.0], [grid.alpha[-1]])]))
         nodes.append((len(rows), 0))
-    table = assemble(rows, "x0", xp, nodes=nodes)
+    table = assemble(rows, "x0", namespace(grid.t, rows), nodes=nodes)
     if grid.steps == int(zero):
         return table
     return dataclasses.replace(table, start=Start(grid.alpha[1:2] / grid.alpha[:1]))
@@ -112,14 +111,16 @@ def _check(grid: Grid, name: str, steps: int, snr: StepSize) -> None:
     check_order(steps, 10_000, "steps")
     if grid.backward:
         raise ValueError(f"{name} runs from noise to data only")
-    if not callable(snr) and (isinstance(snr, bool) or not isinstance(snr, Real)):
+    number = isinstance(snr, Real) or (hasattr(snr, "dtype") and np.shape(snr) == ())
+    if not callable(snr) and (isinstance(snr, bool) or not number):
         raise TypeError(f"snr must be a number, or a function of the level, got {snr!r}")
 
 
 def _langevin(grid: Grid, i: int, snr: StepSize, rule: str) -> Row:
     """One Langevin step at node i."""
-    xp, (t, alpha, sigma) = grid.xp, grid.node(i)
+    t, alpha, sigma = grid.node(i)
     r = snr(t, alpha, sigma) if callable(snr) else snr
+    xp = namespace(grid.t, r)
     if rule == "step":
         length = r * (grid.lam[i] - grid.lam[i - 1])
         share, noise = -xp.expm1(-length), -xp.expm1(-2.0 * length)
@@ -140,8 +141,8 @@ def _check_predictor(table: Tableau, grid: Grid) -> None:
             f"step; this one has {table.registers}, {table.history}, {table.outputs} and "
             f"{table.rows} for {grid.steps} steps"
         )
-    if table.start.C is not None or table.start.d is not None or table.d is not None:
-        raise ValueError("the predictor must not add noise or a shift before its first evaluation")
+    if table.d is not None:
+        raise ValueError("the predictor's rows must have no shift d")
 
 
 def _appended(table: Tableau, other: Tableau) -> Tableau:
@@ -164,7 +165,9 @@ def _renumbered(table: Tableau, order: np.ndarray, nodes: np.ndarray) -> Tableau
     if moved["C"] is not None:
         known = is_concrete(moved["C"])
         noisy = np.any(np.asarray(moved["C"]) != 0, axis=1) if known else np.ones(len(order), bool)
-    draw = np.maximum(np.cumsum(noisy) - 1, 0).astype(np.int32)
+    moved["C"] = moved["C"] if np.any(noisy) else None
+    first = int(table.start.C is not None)
+    draw = np.maximum(np.cumsum(noisy) - 1 + first, 0).astype(np.int32)
     return dataclasses.replace(
         table, **moved, draw=draw, nodes=nodes.astype(np.int32), clock=None, brownian=None
     )

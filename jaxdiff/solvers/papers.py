@@ -70,4 +70,23 @@ PAPERS: Mapping[str, Paper] = {
         "Zhang, Qinsheng and Chen, Yongxin", 2023,
         "Fast Sampling of Diffusion Models with Exponential Integrator", "DEIS", "2204.13902",
     ),
+    "pndm": Paper(
+        "Liu, Luping and Ren, Yi and Lin, Zhijie and Zhao, Zhou", 2022,
+        "Pseudo Numerical Methods for Diffusion Models on Manifolds", "PNDM", "2202.09778",
+    ),
+    "ghvb": Paper(
+        "Wizadwongsa, Suttisak and Chinchuthakun, Worameth and Khungurn, Pramook and Raj, Amit "
+        "and Suwajanakorn, Supasorn", 2024,
+        "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts", "GHVB", "2307.11118",
+    ),
+    "bdia": Paper(
+        "Zhang, Guoqiang and Lewis, J. P. and Kleijn, W. Bastiaan", 2024,
+        "Exact Diffusion Inversion via Bi-directional Integration Approximation", "BDIA",
+        "2307.10829",
+    ),
+    "dual_fast": Paper(
+        "Yu, Hu and Luo, Hao and Wang, Fan and Zhao, Feng", 2025,
+        "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models", "DualFast",
+        "2506.13058",
+    ),
 }  # fmt: skip

@@ -16,8 +16,8 @@ from jaxdiff.solvers.tableau import Start, Tableau
 class Interval(NamedTuple):
     """One interval to restart in, in units of sigma / alpha.
 
-    `low`, `high`: the paper's t_min and t_max. `repeats`: its K. `steps`: down from `high` to `low`,
-    spaced as `jaxdiff.grids.karras`; None takes the grid's own nodes between the two.
+    `low`, `high`: the paper's t_min and t_max. `repeats`: its K. `steps`: down from `high` to
+    `low`, spaced as `jaxdiff.grids.karras`; None takes the grid's own nodes between the two.
     """
 
     low: float

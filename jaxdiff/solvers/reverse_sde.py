@@ -5,7 +5,7 @@ For every tau(lambda) >= 0 the reverse-time SDE
     dx = [f x - (1 + tau^2) / 2 g^2 score] dt + tau g dW
 
 has the marginals of the forward process: tau = 0 is the probability flow, tau = 1 the reverse SDE
-(Song et al. 2021; Xue et al., "SA-Solver", 2023, proposition 4.1). With tau constant in a step of
+(Song et al. 2021; Xue et al., "SA-Solver", 2023). With tau constant in a step of
 half-log-SNR length h it is integrated exactly, but for the prediction, in two ways:
 
     x0    x' = (sigma' / sigma) exp(-tau^2 h) x + alpha' k int_0^h exp(-k (h - s)) x0 ds
@@ -90,28 +90,34 @@ def exact_step(
     The polynomial goes through the predictions at `places`, weights in their order.
     """
     start = coordinate(xp, "lambda", level)
-    h = coordinate(xp, "lambda", end) - start
+    h, k = coordinate(xp, "lambda", end) - start, 1.0 + tau**2
     offsets = [coordinate(xp, "lambda", place) - start for place in places]
-    squared, quiet = tau**2, is_zero(tau)
-    k = 1.0 + squared
     if integrand == "x0":
         # In units of 1 / k the kernel is exp(-(h - s)).
         found = interpolation_weights([k * offset for offset in offsets], k * h, -1.0)
         weights = [end[1] * w for w in found]
+    else:
+        weights = [-end[2] * k * w for w in interpolation_weights(offsets, h, 1.0)]
+    carry, noise = linear_part(xp, level, end, integrand, tau)
+    return Step(carry, weights, noise)
+
+
+def linear_part(xp: Any, level: Level, end: Level, integrand: str, tau: Any) -> tuple[Any, Any]:
+    """(carry, noise) of the step between two levels with alpha, sigma > 0; noise as in `Step`."""
+    h = coordinate(xp, "lambda", end) - coordinate(xp, "lambda", level)
+    squared, quiet = tau**2, is_zero(tau)
+    if integrand == "x0":
         carry = end[2] / level[2] * (1.0 if quiet else xp.exp(-squared * h))
         share = -xp.expm1(-2.0 * squared * h)
     else:
-        found = interpolation_weights(offsets, h, 1.0)
-        weights = [-end[2] * k * w for w in found]
         carry, share = end[1] / level[1], squared * xp.expm1(2.0 * h)
-    return Step(carry, weights, None if quiet else end[2] * _root(xp, share))
-
-
-def _root(xp: Any, share: Any) -> Any:
-    """sqrt(share), with derivative 0 at 0 where share is traced."""
+    if quiet:
+        return carry, None
     if is_concrete(share):
-        return xp.sqrt(share)
-    return xp.where(share > 0, xp.sqrt(xp.where(share > 0, share, 1.0)), 0.0)
+        return carry, end[2] * xp.sqrt(share)
+    # Where share is 0 its root's derivative counts as 0.
+    positive = share > 0
+    return carry, end[2] * xp.where(positive, xp.sqrt(xp.where(positive, share, 1.0)), 0.0)
 
 
 def end_step(grid: Grid, i: int, integrand: str, tau: Any) -> Step:

@@ -44,10 +44,10 @@ def sa_solver(
     Arguments:
       predictor: evaluations that the predictor uses, 1 to 4 (grown from 1 over the first steps).
       corrector: evaluations that the corrector uses, the new one included, 1 to 4; 0 for none.
-      tau: a number, or a function of the level (t, alpha, sigma) at a step's end.
-      window: tau is 0 outside these sigma / alpha of a step's end (the paper's EDM networks take
-        [0.05, 1]).
-      integrand: "x0"; or "eps", whose noise does not damp the state (the paper advises against it).
+      tau: a number, or a function of the level (t, alpha, sigma) at a step's end (the official
+        code's default is 1 where 0.2 <= t <= 0.8, else 0).
+      window: tau is 0 outside these sigma / alpha of a step's end.
+      integrand: "x0"; or "eps", whose noise does not damp the state (the authors advise against it).
       mode: "pec", one evaluation a step; "pece" evaluates the corrected state too (but not before a
         step to sigma = 0).
       variant: "exact"; or "few_steps", the official code's default: the last step has no noise, and

@@ -10,6 +10,7 @@ from jaxdiff.solvers.reverse_sde import (
     at_end,
     end_step,
     exact_step,
+    linear_part,
     noise_clock,
     noise_levels,
     path_form,
@@ -72,8 +73,8 @@ def seeds(
         stops = [level, *inner, end]
         for j in range(stages):
             here, there = stops[j], stops[j + 1]
-            # The linear part and the noise of this piece; what the predictions add from the start.
-            piece = exact_step(xp, here, there, [level], integrand, noise_level)
+            # The linear part and the noise of this piece; what predictions add, from the start.
+            carry, noise = linear_part(xp, here, there, integrand, noise_level)
             used = [level] if j == 0 else [here, level]
             if j == 1 and stages == 2 and weights == "phi_1":
                 whole = exact_step(xp, level, there, [level], integrand, noise_level).weights[0]
@@ -83,11 +84,11 @@ def seeds(
                 found = exact_step(xp, level, there, used, integrand, noise_level).weights
             # Evaluations between the stage before and the start count nothing.
             found = found if j < 2 else [found[0], 0.0, found[1]]
-            linear = [piece.carry] if j == 0 else [0.0, piece.carry]
-            updates = [Update(linear, found, piece.noise)]
+            linear = [carry] if j == 0 else [0.0, carry]
+            updates = [Update(linear, found, noise)]
             if j < stages - 1:
                 # s_1 is the linear part and the noise alone, for the stages to come.
-                updates.append(Update(linear, [], piece.noise))
+                updates.append(Update(linear, [], noise))
             clock = noise_clock(xp, integrand, here, there)
             rows.append(Row(here, updates, clock))
         nodes.append((len(rows), 0))

@@ -66,15 +66,16 @@ def unipc(
         known = i - first_finite + 1
         return min(order, known, steps - i if lowered else order)
 
-    def rule(level: Level, end: Level, places: list[Level], correct: bool = True) -> list[Any]:
-        return _weights(grid, level, end, places, variant, integrand, correct)
+    def rule(level: Level, end: Level, places: list[Level], pure_noise: bool) -> list[Any]:
+        return _weights(grid, level, end, places, variant, integrand, correct=True)
 
     rows = []
     for i in range(steps):
         level, end = grid.node(i), grid.node(i + 1)
         places = [grid.node(i - k) for k in range(order_of(i))]
         kept = carry(grid.xp, integrand, level, end)
-        rows.append(Row(level, [Update([kept], rule(level, end, places, False))]))
+        found = _weights(grid, level, end, places, variant, integrand, correct=False)
+        rows.append(Row(level, [Update([kept], found)]))
     predictor = assemble(rows, integrand, grid.xp)
     if not any(flags):
         return predictor

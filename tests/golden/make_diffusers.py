@@ -15,7 +15,7 @@ takes torch's default, so each scheduler module gets stand-ins for the two whose
 float64, and the default is set to float64: tables, sigmas, timesteps and steps are then those of
 the published code, only wider. A dispatch mode raises if any float32 tensor appears anyway.
 
-Two schedulers draw from torchsde's Brownian tree. It is replaced by `BrownianPath`, which is as exact, so
+Two schedulers draw from torchsde's Brownian tree. `BrownianPath`, as exact, takes its place, so
 that the draws are recorded; torchsde is not needed.
 """
 
@@ -254,9 +254,11 @@ def last_clock(family, scheduler, to, previous, repeated):
 def advance(scheduler, out, t, x, i, options):
     """The state after call i."""
     if hasattr(scheduler, "step_pred"):  # score_sde's: the corrector's step is not a table
+        last = i + 1 == len(scheduler.timesteps)  # the pipelines return the last step's mean
         if "Vp" in type(scheduler).__name__:
-            return scheduler.step_pred(out, x, t)[0]
-        return scheduler.step_pred(out, t, x).prev_sample
+            return scheduler.step_pred(out, x, t)[last]
+        done = scheduler.step_pred(out, t, x)
+        return done.prev_sample_mean if last else done.prev_sample
     if type(scheduler).__name__ == "UnCLIPScheduler" and i + 1 < len(scheduler.timesteps):
         options = {**options, "prev_timestep": scheduler.timesteps[i + 1]}
     return scheduler.step(out, t, x, **options).prev_sample

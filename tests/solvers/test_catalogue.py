@@ -10,6 +10,7 @@ from listed import DETERMINISTIC, SETTINGS, build, run_all
 from oracles import BROAD
 
 import jaxdiff as jd
+from jaxdiff.settings import GRIDS
 from jaxdiff.solvers.catalogue import ALIASES
 
 PROCESS = jd.processes.vp_linear()
@@ -199,7 +200,12 @@ def test_every_name_builds_and_a_wrong_one_names_the_nearest():
 def test_names_are_unique():
     every = [n for e in jd.solvers.CATALOGUE.values() for n in {e.name, *e.settings}]
     assert len(every) == len(set(every))
-    assert set(ALIASES.values()) <= set(every) and not set(ALIASES) & set(every)
+    assert {alias.setting for alias in ALIASES.values()} <= set(every)
+    assert not set(ALIASES) & set(every)
+    grid_names = {alias.grid for alias in ALIASES.values()} - {None}
+    assert grid_names <= set(GRIDS)
+    assert jd.solvers.own_grid("DPM++ 2M Karras") == ("karras", {"rho": 7.0})
+    assert jd.solvers.own_grid("DPM++ 2M") is None
 
 
 def test_every_entry_can_be_cited():

@@ -1,4 +1,4 @@
-"""Consistency samplers: diffusers' formula, their limits, and that they sample a consistency model."""
+"""Consistency samplers: diffusers' formula, their limits, and a consistency model sampled."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_in_edm_time_the_two_variables_are_one():
 
 
 def test_a_consistency_model_is_sampled_exactly(x64):
-    """Data N(0, 0.5^2), whose consistency function is linear: the variance at the end is the data's.
+    """Data N(0, 0.5^2), whose consistency function is linear: the end's variance is the data's.
 
     With the posterior mean in its place the same sampler loses variance.
     """

@@ -1,5 +1,6 @@
-"""Langevin dynamics: the stationary variance in closed form, and predictor-correctors over any base."""
+"""Langevin dynamics: the stationary variance in closed form, and as corrector of any predictor."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,7 @@ def test_stationary_variance_is_the_closed_form(snr, x64):
 
 
 def test_annealed_langevin_is_song_and_ermons(x64):
-    """Their algorithm 1 in steps a_i = epsilon sigma_i^2 / sigma_L^2, with their score and signs."""
+    """Their algorithm 1, in steps a_i = epsilon sigma_i^2 / sigma_L^2."""
     process = jd.processes.ve(0.1, 10.0)
     grid = jd.grids.half_log_snr(process, 4)
     snr, count = 0.2, 3
@@ -78,7 +79,7 @@ def by_hand(grid, x, noise, steps, snr):
         forward = s**2 - ratio**2 * s1**2  # variance of the forward step
         x = (x + forward * score) / ratio
         if s1 > 0:
-            x = x + s1 / s * np.sqrt(forward) / ratio * next(draws)
+            x = x + s1 / s * np.sqrt(forward) * next(draws)
             for _ in range(steps):
                 e = 2.0 * (snr * s1) ** 2
                 x = x - e * x / (a1**2 * STD**2 + s1**2) + np.sqrt(2.0 * e) * next(draws)
@@ -117,7 +118,8 @@ def test_the_step_rule_over_ddim_is_the_reverse_sde(x64):
     tables = [
         predictor_corrector(grid, jd.solvers.ddim, snr=1.0, rule="step"), jd.solvers.ddpm(grid)
     ]  # fmt: skip
-    kept = [jd.sample(gaussian(), t, np.ones((1, 1)), noise=np.zeros((t.draws, 1, 1))) for t in tables]
+    quiet = [np.zeros((table.draws, 1, 1)) for table in tables]
+    kept = [jd.sample(gaussian(), t, np.ones((1, 1)), noise=z) for t, z in zip(tables, quiet)]
     np.testing.assert_allclose(kept[0], kept[1], rtol=2e-2)
 
 
@@ -167,6 +169,19 @@ def test_bad_options_are_named():
         predictor_corrector(grid, jd.solvers.heun)
     with pytest.raises(ValueError, match="one integrand"):
         predictor_corrector(grid, jd.solvers.dpm_solver_pp_multistep)
-    with pytest.raises(ValueError, match="before its first evaluation"):
-        churned = functools.partial(jd.solvers.euler, s_churn=4.0)
-        predictor_corrector(jd.grids.karras(jd.processes.edm(), 4, t_max=40.0), churned)
+    shifted = lambda grid: dataclasses.replace(  # noqa: E731
+        jd.solvers.ddim(grid), d=np.zeros((grid.steps, 1))
+    )
+    with pytest.raises(ValueError, match="no shift"):
+        predictor_corrector(grid, shifted)
+
+
+def test_noise_in_the_predictors_start_is_a_draw_of_its_own(x64):
+    grid = jd.grids.half_log_snr(VP, 3)
+    noisy = lambda grid: dataclasses.replace(  # noqa: E731
+        jd.solvers.ddim(grid), start=jd.solvers.Start(np.ones(1), np.full(1, 0.5))
+    )
+    tableau = predictor_corrector(grid, noisy, snr=0.2)
+    assert tableau.draws == 4 and tableau.draw.tolist() == [0, 1, 1, 2, 2, 3]
+    plain = predictor_corrector(grid, jd.solvers.ddim, snr=0.2)
+    np.testing.assert_allclose(variance(tableau, 1.0), variance(plain, 1.25), rtol=1e-12)

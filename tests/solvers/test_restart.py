@@ -22,7 +22,7 @@ def spaced(low, high, count, rho=7.0):
 
 
 def official(x, noise, steps, info, s_noise):
-    """restart_sampler of the official code, without churn: info {node: [nodes, K, t_min, t_max]}."""
+    """restart_sampler of the official code, without churn: info [[nodes, K, t_min, t_max], ...]."""
     sigmas = np.append(spaced(0.002, 80.0, steps), 0.0)
     places = {int(np.argmin(abs(sigmas - v[2]))): v for v in info}
     draws = iter(noise)
@@ -92,7 +92,7 @@ def test_its_own_nodes_are_revisited():
 
 
 def test_restarts_contract_an_error(x64):
-    """From a wrong start (three times the spread) the end is nearer to the data with each restart."""
+    """From a start of three times the spread the end is nearer to the data with each restart."""
     grid = jd.grids.half_log_snr(VP, 40, t_max=0.5, t_min=1e-2)
     denoiser = jd.gaussian_mixture(np.zeros((1, 1)), np.array([0.5]), np.ones(1), VP)
     first, last = ((grid.alpha[i] * 0.5) ** 2 + grid.sigma[i] ** 2 for i in (0, -1))
@@ -140,5 +140,5 @@ def test_bad_options_are_named():
         restart(grid, s_noise=-1)
     with pytest.raises(ValueError, match="from noise to data"):
         restart(grid.reversed())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="lies outside the process's"):
         restart(jd.grids.half_log_snr(jd.processes.ddpm(), 8), [(0.3, 1e6)])

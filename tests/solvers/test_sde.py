@@ -1,4 +1,4 @@
-"""Integrators of the reverse SDE: marginals kept exactly, closed forms, equalities, strong order."""
+"""Integrators of the reverse SDE: marginals kept exactly, closed forms, equalities."""
 
 import functools
 
@@ -44,7 +44,7 @@ def end_variance(tables, denoiser, first):
 
 
 def test_every_noise_keeps_the_marginal_of_a_point_mass(x64):
-    """Data all 0: predictions are constant, so every step is exact, and the variance is sigma'^2."""
+    """Data all 0: predictions are constant, so every step is exact: the variance is sigma'^2."""
     tables = [
         *(sa_solver(GRID, tau=tau) for tau in (0.0, 0.4, 1.0, 3.0)),
         sa_solver(GRID, window=(0.05, 1.0)),
@@ -208,7 +208,7 @@ def test_predictors_by_hand(x64, tau):
 
 
 def test_ancestral_sampling_is_ddpm(x64):
-    """score_sde's predictor: (x + beta score) / sqrt(1 - beta) for VP, sigma^2 - sigma'^2 for VE."""
+    """score_sde's ancestral predictor, for VP with beta and for VE with sigma^2 - sigma'^2."""
     rng = np.random.default_rng(0)
     x, z = rng.normal(size=(2, 5, 2))
     ve = jd.processes.ve(sigma_min=0.01, sigma_max=50.0)
@@ -330,28 +330,16 @@ def test_noisy_gddim_keeps_the_marginal_of_a_point_mass(x64):
 # --- strong order, traced grids, options ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("build", "form"),
-    [
-        (functools.partial(seeds, stages=2), "x0"),
-        (functools.partial(sa_solver, predictor=2, corrector=2), "x0"),
-        (euler_maruyama, "eps"),
-    ],
-    ids=["seeds_2", "sa_solver_2_2", "euler_maruyama"],
-)
-def test_strong_order_on_one_brownian_path(x64, build, form):
-    """Additive noise: order 1, against 400 steps of the first-order method on the same path."""
-    path, counts = jd.BrownianPath(PROCESS, form, jax.random.key(4)), (20, 40, 80)
+def test_strong_order_on_one_brownian_path(x64):
+    """Stages share the path: order 1, against many steps of the first-order method on it."""
+    path, counts = jd.BrownianPath(PROCESS, "x0", jax.random.key(4)), (20, 40, 80)
     x = jnp.asarray(
         BROAD.sample(np.random.default_rng(2), 32, PROCESS.alpha(1.0), PROCESS.sigma(1.0))
     )
-
-    def run(table):
-        return np.asarray(jd.sample(mixture(), table, x, noise=path))
-
     grids = {n: jd.grids.half_log_snr(PROCESS, n, t_min=0.05) for n in (*counts, 400)}
-    reference = run(seeds(grids[400], integrand=form))
-    errors = [np.sqrt(np.mean((run(build(grids[n])) - reference) ** 2)) for n in counts]
+    tables = [*(seeds(grids[n], 2) for n in counts), seeds(grids[400])]
+    *ends, reference = (np.asarray(jd.sample(mixture(), t, x, noise=path)) for t in tables)
+    errors = [np.sqrt(np.mean((end - reference) ** 2)) for end in ends]
     assert fitted_order(counts, errors) >= 0.75
 
 
@@ -370,18 +358,37 @@ BUILDERS = {
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_traced_grid_gives_the_same_table(x64, name):
-    """And one that can be differentiated: every coefficient's derivative is finite."""
-    times = np.linspace(0.9, 0.1, 5)
+    """And one that can be differentiated with respect to its times."""
+    times, tangent = np.linspace(0.9, 0.1, 5), np.array([0.1, -0.3, 0.5, 0.2, -0.1])
 
     def coefficients(t):
         table = BUILDERS[name](jd.grids.from_times(PROCESS, t))
         return [a for a in (table.A, table.B, table.C) if a is not None]
 
-    traced = jax.jit(coefficients)(jnp.asarray(times))
-    for a, b in zip(traced, coefficients(times)):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11)
-    slopes = jax.jit(jax.jacfwd(coefficients))(jnp.asarray(times))
-    assert all(np.all(np.isfinite(s)) for s in slopes)
+    run = jax.jit(lambda t: jax.jvp(coefficients, (t,), (jnp.asarray(tangent),)))
+    values, slopes = run(jnp.asarray(times))
+    ahead, behind = (coefficients(times + step * tangent) for step in (1e-5, -1e-5))
+    for value, slope, a, b, c in zip(values, slopes, coefficients(times), ahead, behind):
+        np.testing.assert_allclose(value, a, rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(slope, (b - c) / 2e-5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_traced_grid_may_have_both_ends(x64):
+    """From alpha = 0 to sigma = 0: the limits are chosen by the grid's ends, not by values."""
+    times = np.linspace(1.0, 0.0, 6)
+    builds = (sa_solver, functools.partial(seeds, stages=2), er_sde)
+
+    def coefficients(t):
+        grid = jd.grids.from_times(jd.processes.flow(), t, ends=(True, True))
+        return [(table.A, table.B, table.C) for table in (build(grid) for build in builds)]
+
+    tangent = jnp.asarray([0.0, 0.1, -0.1, 0.2, 0.1, 0.0])
+    values, slopes = jax.jit(lambda t: jax.jvp(coefficients, (t,), (tangent,)))(jnp.asarray(times))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        values, coefficients(times),
+    )  # fmt: skip
+    assert all(np.all(np.isfinite(slope)) for slope in jax.tree.leaves(slopes))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Single-step DPM-Solver and exponential Runge-Kutta: what the catalogue's tests do not say."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from oracles import BROAD, fitted_order, median_error
+from oracles import BROAD, Mixture, fitted_order, median_error
 
 import jaxdiff as jd
 from jaxdiff.solvers.exponential_rk import FIXED, exponential_rk, three_stages, two_stages
@@ -219,16 +221,51 @@ def test_on_nodes_every_end_costs_a_step_of_its_own(process, order):
 # --- orders ---------------------------------------------------------------------------------------
 
 
-def measured_order(build, steps, spacing=jd.grids.quadratic, integrand="x0"):
-    span = {"t_max": 0.6, "t_min": 0.05}
-    first, last = (
-        (PROCESS.alpha(t), PROCESS.sigma(t)) for t in (span["t_max"], span["t_min"])
-    )  # fmt: skip
+def measured_order(build, steps, spacing=jd.grids.quadratic, integrand="x0", span=(0.6, 0.05)):
+    first, last = ((PROCESS.alpha(t), PROCESS.sigma(t)) for t in span)
     x = BROAD.sample(np.random.default_rng(0), 32, *first)
     exact = BROAD.flow(x, first, last)
-    tables = [build(spacing(PROCESS, n, **span)) for n in steps]
+    tables = [build(spacing(PROCESS, n, t_max=span[0], t_min=span[1])) for n in steps]
     ends = [follow(table, PREDICTION[integrand], x)[-1] for table in tables]
     return fitted_order(steps, [median_error(end, exact) for end in ends])
+
+
+@pytest.mark.parametrize(("order", "least"), [(1, 0.95), (2, 1.95), (3, 2.8)])
+def test_dpm_solver_has_its_orders_from_pure_noise(order, least):
+    """Noise prediction, 40 to 320 steps even in lambda, t from 1 to 1e-2."""
+    build = lambda grid: dpm_solver_singlestep(grid, order)  # noqa: E731
+    spacing = jd.grids.half_log_snr
+    assert measured_order(build, (40, 80, 160, 320), spacing, "eps", (1.0, 1e-2)) > least
+
+
+def test_with_strong_guidance_the_data_prediction_is_the_stabler():
+    """Guidance scale 7.5 to one of three narrow components, whose means have entries up to 1.1.
+
+    DPM-Solver-2 and -3 blow up with 9 and 12 evaluations, DPM-Solver++(2S) and (2M) do not.
+    """
+    mixture = dataclasses.replace(BROAD, std=np.array([0.2] * 3))
+    chosen = Mixture(mixture.means[:1], mixture.std[:1], np.ones(1))
+
+    def eps(x, alpha, sigma):
+        free = mixture.eps(x, alpha, sigma)
+        return free + 7.5 * (chosen.eps(x, alpha, sigma) - free)
+
+    def guided(x, alpha, sigma):
+        return (x - sigma * eps(x, alpha, sigma)) / alpha
+
+    def size(build, evaluations, order, network, **options):
+        plan = singlestep_plan(evaluations, order)
+        grid = jd.grids.half_log_snr(PROCESS, len(plan))
+        return np.abs(follow(build(grid, plan=plan, **options), network, x)[-1]).max()
+
+    x = np.random.default_rng(1).normal(size=(256, 2))
+    build = dpm_solver_singlestep
+    assert size(build, 9, 2, eps) > 5 and size(build, 12, 3, eps) > 5
+    for count in (9, 12):
+        grid = jd.grids.half_log_snr(PROCESS, count)
+        multistep = follow(jd.solvers.dpm_solver_pp_multistep(grid), guided, x)[-1]
+        assert size(build, count, 2, guided, integrand="x0") < 2.5
+        assert np.abs(multistep).max() < 2.5
 
 
 def test_a_plan_of_third_order_steps_on_nodes_keeps_order_three():

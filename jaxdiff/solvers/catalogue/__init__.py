@@ -16,7 +16,8 @@ from jaxdiff.solvers.catalogue import (
     singlestep,
     stochastic,
 )
-from jaxdiff.solvers.catalogue.entry import Entry
+from jaxdiff.solvers.catalogue.aliases import ALIASES
+from jaxdiff.solvers.catalogue.entry import Entry, Setting
 from jaxdiff.solvers.papers import PAPERS
 from jaxdiff.solvers.tableau import Tableau
 
@@ -28,14 +29,6 @@ CATALOGUE: Mapping[str, Entry] = {
     for entry in family.ENTRIES
 }  # fmt: skip
 
-# Names that others use for one of our settings.
-ALIASES: Mapping[str, str] = {
-    "edm": "heun",
-    "dpmpp_2m": "dpm_solver_pp_2m",
-    "dpmpp_3m": "dpm_solver_pp_3m",
-}
-
-
 def names() -> list[str]:
     """Every name `build` takes: entries, their settings, aliases."""
     return sorted({*ALIASES, *(n for e in CATALOGUE.values() for n in (e.name, *e.settings))})
@@ -43,12 +36,12 @@ def names() -> list[str]:
 
 def find(name: str) -> tuple[Entry, Mapping[str, Any]]:
     """(entry, options) of a solver, setting or alias; ValueError with the nearest names if unknown."""
-    name_ = ALIASES.get(name, name)
+    meant = ALIASES[name].setting if name in ALIASES else name
     for entry in CATALOGUE.values():
-        if name_ == entry.name:
+        if meant == entry.name:
             return entry, {}
-        if name_ in entry.settings:
-            return entry, entry.settings[name_].options
+        if meant in entry.settings:
+            return entry, entry.settings[meant].options
     raise ValueError(unknown("unknown solver", name, names()))
 
 
@@ -69,25 +62,54 @@ def citation(name: str) -> str:
     return PAPERS[paper].bibtex(paper)
 
 
+def own_grid(name: str) -> tuple[str, Mapping[str, Any]] | None:
+    """The grid that an alias implies, ("karras", {"rho": 7.0}) for "DPM++ 2M Karras"; else None."""
+    alias = ALIASES.get(name)
+    return None if alias is None or alias.grid is None else (alias.grid, alias.grid_options)
+
+
+_HEAD = ("order", "evaluations a step", "noise", "from alpha = 0", "to sigma = 0")
+
+
 def markdown_table() -> str:
-    """The catalogue as a Markdown table: the one in the README."""
-    lines = [
-        "| name | order | evaluations a step | noise | from alpha = 0 | to sigma = 0 | paper | file |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """One row a builder, by its default setting: the table of the README."""
+    rows = [("builder", "family", *_HEAD, "settings", "paper", "file")]
     for entry in CATALOGUE.values():
+        default = next(iter(entry.settings.values()))
         path = entry.build.__module__.replace(".", "/") + ".py"
+        rows.append((
+            f"`{entry.name}`", entry.family, *_facts(entry, default), str(len(entry.settings)),
+            PAPERS[entry.paper].reference, f"[{path.rsplit('/', 1)[1]}]({path})",
+        ))  # fmt: skip
+    return _markdown(rows)
+
+
+def settings_table() -> str:
+    """One row a setting: the table of docs/solvers.md."""
+    rows = [("name", "builder and options", "integrand", *_HEAD, "also called")]
+    for entry in CATALOGUE.values():
         for name, setting in entry.settings.items():
-            from_noise, to_data = entry.ends_of(setting)
-            cells = (
-                f"`{name}`",
-                f"{setting.order:g}" + ("" if setting.deterministic else " (weak)"),
-                str(entry.nfe_per_step_of(setting)),
-                "no" if setting.deterministic else "yes",
-                "yes" if from_noise else "no",
-                "yes" if to_data else "no",
-                PAPERS[entry.paper].reference,
-                f"[{path.rsplit('/', 1)[1]}]({path})",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+            options = "".join(f", {key}={value!r}" for key, value in setting.options.items())
+            others = [other for other, alias in ALIASES.items() if alias.setting == name]
+            plain = [n for n in others if not n.endswith((" Karras", " Exponential"))]
+            rows.append((
+                f"`{name}`", f"`{entry.name}(grid{options})`", entry.integrand_of(setting),
+                *_facts(entry, setting), ", ".join(plain),
+            ))  # fmt: skip
+    return _markdown(rows)
+
+
+def _facts(entry: Entry, setting: Setting) -> tuple[str, ...]:
+    extra = f" + {setting.extra} once" if setting.extra else ""
+    return (
+        f"{setting.order:g}" + ("" if setting.deterministic else " (weak)"),
+        f"{entry.nfe_per_step_of(setting)}{extra}",
+        "no" if setting.deterministic else "yes",
+        *("yes" if end else "no" for end in entry.ends_of(setting)),
+    )
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)

@@ -11,7 +11,7 @@ ENTRIES = (
         "ddim", ddim,
         {
             "ddim": Setting({}, 1, exact=Exactness("lambda", 0)),
-            "ddim_eta1": Setting({"eta": 1.0}, 1, False),
+            "ddim_eta1": Setting({"eta": 1.0}, 1, False, strong=1),
             "ddim_two_outputs": Setting({"outputs": 2}, 1),
         },
         1, "x0", (True, True), "ddim", "exponential Euler",

@@ -1,0 +1,66 @@
+"""What others call our settings: names of user interfaces, of diffusers and of k-diffusion."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Alias(NamedTuple):
+    """A setting of ours, and the grid (a function of `jaxdiff.grids`) that the name implies, if any."""
+
+    setting: str
+    grid: str | None = None
+    grid_options: Mapping[str, Any] = {}
+
+
+# Of these, "<name> Karras" and "<name> Exponential" exist too.
+_INTERFACES = {
+    "Euler": "euler", "Euler a": "euler_ancestral", "Heun": "heun", "LMS": "lms",
+    "DPM2": "kdpm2", "DPM2 a": "kdpm2_ancestral", "DPM++ 2S a": "dpm_solver_pp_2s_ancestral",
+    "DPM++ 2M": "dpm_solver_pp_2m", "DPM++ SDE": "dpm_solver_pp_sde",
+    "DPM++ 2M SDE": "dpm_solver_pp_2m_sde", "DPM++ 2M SDE Heun": "dpm_solver_pp_2m_sde_heun",
+    "DPM++ 3M SDE": "dpm_solver_pp_3m_sde", "DEIS": "deis_tab2", "UniPC": "unipc_2",
+    "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart",
+}  # fmt: skip
+
+_OTHERS = {
+    "edm": Alias("heun", "karras", {"rho": 7.0}),
+    "dpmpp_2m": Alias("dpm_solver_pp_2m"),
+    "dpmpp_3m": Alias("dpm_solver_pp_3m"),
+    # k-diffusion
+    "sample_euler": Alias("euler"),
+    "sample_euler_ancestral": Alias("euler_ancestral"),
+    "sample_heun": Alias("heun"),
+    "sample_lms": Alias("lms"),
+    "sample_dpm_2": Alias("kdpm2"),
+    "sample_dpm_2_ancestral": Alias("kdpm2_ancestral"),
+    "sample_dpmpp_2s_ancestral": Alias("dpm_solver_pp_2s_ancestral"),
+    "sample_dpmpp_sde": Alias("dpm_solver_pp_sde"),
+    "sample_dpmpp_2m": Alias("dpm_solver_pp_2m"),
+    "sample_dpmpp_2m_sde": Alias("dpm_solver_pp_2m_sde"),
+    "sample_dpmpp_3m_sde": Alias("dpm_solver_pp_3m_sde"),
+    # diffusers
+    "DDIMScheduler": Alias("ddim", "leading"),
+    "DDPMScheduler": Alias("ddpm", "leading"),
+    "PNDMScheduler": Alias("f_pndm", "leading"),
+    "LMSDiscreteScheduler": Alias("lms", "linspace"),
+    "EulerDiscreteScheduler": Alias("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": Alias("euler_ancestral", "linspace"),
+    "HeunDiscreteScheduler": Alias("heun", "linspace"),
+    "KDPM2DiscreteScheduler": Alias("kdpm2", "linspace"),
+    "KDPM2AncestralDiscreteScheduler": Alias("kdpm2_ancestral", "linspace"),
+    "DPMSolverMultistepScheduler": Alias("dpm_solver_pp_2m", "linspace"),
+    "DPMSolverSinglestepScheduler": Alias("dpm_solver_pp_2s_nodes", "linspace"),
+    "DPMSolverSDEScheduler": Alias("dpm_solver_pp_sde", "linspace"),
+    "DEISMultistepScheduler": Alias("dpm_solver_2m_heun", "linspace"),
+    "UniPCMultistepScheduler": Alias("unipc_2", "linspace"),
+    "FlowMatchEulerDiscreteScheduler": Alias("euler_flow", "uniform"),
+    "FlowMatchHeunDiscreteScheduler": Alias("heun_flow", "uniform"),
+    "EDMEulerScheduler": Alias("euler", "karras", {"rho": 7.0}),
+}
+
+ALIASES: Mapping[str, Alias] = {
+    **{name: Alias(setting) for name, setting in _INTERFACES.items()},
+    **{f"{n} Karras": Alias(s, "karras", {"rho": 7.0}) for n, s in _INTERFACES.items()},
+    **{f"{n} Exponential": Alias(s, "half_log_snr") for n, s in _INTERFACES.items()},
+    **_OTHERS,
+}
