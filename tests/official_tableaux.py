@@ -203,11 +203,12 @@ def bdia_official(case):
 
 def momentum_official(case):
     # Their order 2.3 is order 3 with beta = 0.3.
-    order, grid = min(int(np.ceil(case["order"])), 4), bare_grid(case)
+    order, grid = int(np.ceil(case["order"])), bare_grid(case)
     beta = case["order"] % 1 or 1.0
     if case.sampler == "GHVBScheduler":
         return ghvb(grid, order, beta)
-    return heavy_ball(ipndm(grid, order), beta)
+    variant = "nesterov" if case.sampler == "PLMSWithNTScheduler" else "polyak"
+    return heavy_ball(ipndm(grid, order), beta, variant=variant)
 
 
 def sa_solver_official(case):

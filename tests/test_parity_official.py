@@ -29,7 +29,7 @@ COUNTS = {
     "deis": (13, 0, 18),
     "pndm": (6, 0, 0),
     "bdia": (6, 0, 0),
-    "momentum": (10, 9, 0),
+    "momentum": (17, 2, 0),
     "sa_solver": (34, 4, 0),
     "er_sde": (43, 0, 0),
     "restart": (4, 0, 0),
@@ -85,14 +85,6 @@ DEVIATIONS = {
     "dpm_fast with noise is not offered": (
         lambda c: c.sampler == "dpm_fast" and c["eta"],
         lambda c: 1,
-    ),
-    "Nesterov's momentum is not offered": (
-        lambda c: c.sampler == "PLMSWithNTScheduler",
-        lambda c: 2,
-    ),
-    "Momentum of order 5 is not offered": (
-        lambda c: c.sampler in ("PLMSWithHBScheduler", "GHVBScheduler") and c["order"] > 4,
-        lambda c: 5,
     ),
 }
 

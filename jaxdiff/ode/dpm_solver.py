@@ -92,9 +92,9 @@ class DPMSolver12(_Exponential):
     tableau: ClassVar = diffrax.Midpoint.tableau
 
     def _pair(self, step: _Step, m0: Any) -> tuple[Any, Any]:
-        lower = step.to(1.0, {"m": (1, m0)})
-        d = step.difference(0.5, step.to(0.5, {"m": (1, m0)}), m0)
-        return lower, step.to(1.0, {"m": (1, m0), "d": _second(self.solver_type, 0.5, d)})
+        lower = step.to(1.0, (1, m0))
+        d = step.difference(0.5, step.to(0.5, (1, m0)), m0)
+        return lower, step.to(1.0, (1, m0), _second(self.solver_type, 0.5, d))
 
 
 class DPMSolver23(_Exponential):
@@ -112,16 +112,16 @@ class DPMSolver23(_Exponential):
     def _pair(self, step: _Step, m0: Any) -> tuple[Any, Any]:
         r1, r2 = 1.0 / 3.0, 2.0 / 3.0
         m = (1, m0)
-        d1 = step.difference(r1, step.to(r1, {"m": m}), m0)
-        lower = step.to(1.0, {"m": m, "d": _second(self.solver_type, r1, d1)})
-        middle = step.to(r2, {"m": m, "d": (2, jax.tree.map(lambda a: r2 / r1 * a, d1))})
+        d1 = step.difference(r1, step.to(r1, m), m0)
+        lower = step.to(1.0, m, _second(self.solver_type, r1, d1))
+        middle = step.to(r2, m, (2, jax.tree.map(lambda a: r2 / r1 * a, d1)))
         d2 = step.difference(r2, middle, m0)
         if self.solver_type == "dpm_solver":
-            return lower, step.to(1.0, {"m": m, "d": (2, jax.tree.map(lambda a: a / r2, d2))})
+            return lower, step.to(1.0, m, (2, jax.tree.map(lambda a: a / r2, d2)))
         # m' and m'' in units of the step, from the two divided differences.
         slope = jax.tree.map(lambda a, b: (a * r2 / r1 - b * r1 / r2) / (r2 - r1), d1, d2)
         bend = jax.tree.map(lambda a, b: 2.0 * (b / r2 - a / r1) / (r2 - r1), d1, d2)
-        return lower, step.to(1.0, {"m": m, "d": (2, slope), "dd": (3, bend)})
+        return lower, step.to(1.0, m, (2, slope), (3, bend))
 
 
 def _second(solver_type: str, r: float, d: Any) -> tuple[int, Any]:
@@ -172,14 +172,14 @@ class _Step:
         """m(lambda + r h) - m(lambda)."""
         return jax.tree.map(jnp.subtract, self.evaluate(r, x), m0)
 
-    def to(self, r: float, terms: dict[str, tuple[int, Any]]) -> Any:
+    def to(self, r: float, *terms: tuple[int, Any]) -> Any:
         """carry x + (alpha' or -sigma') r h sum phi_k m, over the terms (k, m), at lambda + r h."""
         (_, alpha0, sigma0), (_, alpha, sigma) = self.start, self.level(r)
         h = jnp.asarray(r * self.h, self.dtype)
         data = self.integrand == "x0"
         carry, outer = (sigma / sigma0, alpha) if data else (alpha / alpha0, -sigma)
-        phi = phis(max(k for k, _ in terms.values()), -h if data else h)
-        parts = [(outer * h * phi[k - 1], m) for k, m in terms.values()]
+        phi = phis(max(k for k, _ in terms), -h if data else h)
+        parts = [(outer * h * phi[k - 1], m) for k, m in terms]
         return jax.tree.map(
             lambda x, *m: carry * x + sum(c * a for (c, _), a in zip(parts, m)),
             self.x, *(m for _, m in parts),

@@ -65,7 +65,7 @@ def runge_kutta(
 
         y_i = y + H sum_{j < i} a_ij f_j,    y' = y + H sum_j b_j f_j.
 
-    For every process (see `jaxdiff.solvers.clocks`), flow = eps - x0, and
+    For every process (see `jaxdiff.solvers.clocks`; flow is eps - x0):
 
         clock                          y                              f
         "rho" = sigma / alpha          x / alpha                      eps         EDM; rhoRK-DEIS
@@ -74,8 +74,8 @@ def runge_kutta(
         "angle" = atan2(sigma, alpha)  x / hypot(alpha, sigma)        v / hypot(alpha, sigma)
         "kappa" = alpha / sigma        x / sigma                      x0
 
-    One evaluation a stage; the order is the method's. `euler` and `heun` are this with "euler" and
-    "heun" in "rho" and "tau", and there for churn. rhoRK-DEIS: Zhang & Chen, "Fast Sampling of
+    One evaluation a stage; the order is the method's. Without churn `euler` is this with "euler" in
+    "rho", and `heun` with "heun" in "rho" or "tau". rhoRK-DEIS: Zhang & Chen, "Fast Sampling of
     Diffusion Models with Exponential Integrator" (2023).
 
     Arguments:
@@ -88,7 +88,8 @@ def runge_kutta(
         itself needs a network that predicts the integrand.
 
     alpha = 0 at the noise end is supported in "tau", "angle" and "kappa". Raises ValueError for
-    other options, an implicit method, or arrays that are no consistent explicit one.
+    other options, an implicit method, or arrays that are no consistent explicit one; TypeError for
+    a method that is none of these.
     """
     check_choice("clock", clock, tuple(CLOCKS))
     check_choice("last", last, ("euler", "full"))

@@ -47,7 +47,8 @@ def sa_solver(
       tau: a number, or a function of the level (t, alpha, sigma) at a step's end (the official
         code's default is 1 where 0.2 <= t <= 0.8, else 0).
       window: tau is 0 outside these sigma / alpha of a step's end.
-      integrand: "x0"; or "eps", whose noise does not damp the state (the authors advise against it).
+      integrand: "x0"; or "eps", where noise does not damp the state (the authors advise against
+        it).
       mode: "pec", one evaluation a step; "pece" evaluates the corrected state too (but not before a
         step to sigma = 0).
       variant: "exact"; or "few_steps", the official code's default: the last step has no noise, and

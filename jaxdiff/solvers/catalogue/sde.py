@@ -26,7 +26,7 @@ ENTRIES: tuple[Entry, ...] = (
                 {"integrand": "eps", "predictor": 2, "corrector": 2}, 2, False, integrand="eps",
                 ends=(False, True), strong=1,
             ),
-            "sa_solver_ode": Setting({"tau": 0.0}, 3),
+            "sa_solver_ode": Setting({"tau": 0.0, "predictor": 2}, 3),
         },
         1, "x0", (True, True), "sa_solver", "stochastic exponential",
     ),
