@@ -23,7 +23,7 @@ from jaxdiff.noise import sample_keys as sample_keys
 from jaxdiff.sampling import sample as sample
 
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
-_LAZY = ("data", "metrics", "models", "parallel", "training")
+_LAZY = ("data", "learned_variance", "metrics", "models", "parallel", "training")
 
 
 def __getattr__(name: str):

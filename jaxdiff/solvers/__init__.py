@@ -3,6 +3,10 @@
 from jaxdiff.solvers.adams import deis as deis
 from jaxdiff.solvers.adams import exponential_adams as exponential_adams
 from jaxdiff.solvers.adams import lms as lms
+from jaxdiff.solvers.ancestral import dpm_solver_pp_2s_ancestral as dpm_solver_pp_2s_ancestral
+from jaxdiff.solvers.ancestral import euler_ancestral as euler_ancestral
+from jaxdiff.solvers.ancestral import kdpm2_ancestral as kdpm2_ancestral
+from jaxdiff.solvers.bdia import bdia as bdia
 from jaxdiff.solvers.catalogue import CATALOGUE as CATALOGUE
 from jaxdiff.solvers.catalogue import build as build
 from jaxdiff.solvers.catalogue import citation as citation
@@ -16,14 +20,37 @@ from jaxdiff.solvers.catalogue.entry import Exactness as Exactness
 from jaxdiff.solvers.catalogue.entry import Setting as Setting
 from jaxdiff.solvers.combine import concatenate as concatenate
 from jaxdiff.solvers.combine import stack as stack
+from jaxdiff.solvers.consistency import consistency as consistency
+from jaxdiff.solvers.consistency import tcd as tcd
 from jaxdiff.solvers.corrector import corrected as corrected
 from jaxdiff.solvers.dpm_solver import dpm_solver_multistep as dpm_solver_multistep
 from jaxdiff.solvers.dpm_solver import dpm_solver_pp_multistep as dpm_solver_pp_multistep
+from jaxdiff.solvers.dpm_solver_sde import dpm_solver_pp_sde as dpm_solver_pp_sde
+from jaxdiff.solvers.dpm_solver_sde import (
+    dpm_solver_pp_sde_multistep as dpm_solver_pp_sde_multistep,
+)
+from jaxdiff.solvers.dpm_solver_sde import dpm_solver_sde_multistep as dpm_solver_sde_multistep
+from jaxdiff.solvers.dual_fast import dual_fast as dual_fast
+from jaxdiff.solvers.dual_fast import dual_fast_multistep as dual_fast_multistep
+from jaxdiff.solvers.exponential_rk import exponential_rk as exponential_rk
 from jaxdiff.solvers.first_order import ddim as ddim
 from jaxdiff.solvers.first_order import ddpm as ddpm
+from jaxdiff.solvers.langevin import annealed_langevin as annealed_langevin
+from jaxdiff.solvers.langevin import predictor_corrector as predictor_corrector
+from jaxdiff.solvers.momentum import ghvb as ghvb
+from jaxdiff.solvers.momentum import heavy_ball as heavy_ball
+from jaxdiff.solvers.momentum import heavy_ball_multistep as heavy_ball_multistep
 from jaxdiff.solvers.phi import phi as phi
+from jaxdiff.solvers.pndm import ipndm as ipndm
+from jaxdiff.solvers.pndm import pndm as pndm
+from jaxdiff.solvers.restart import Interval as Interval
+from jaxdiff.solvers.restart import restart as restart
+from jaxdiff.solvers.runge_kutta import kdpm2 as kdpm2
+from jaxdiff.solvers.runge_kutta import runge_kutta as runge_kutta
 from jaxdiff.solvers.sigma import euler as euler
 from jaxdiff.solvers.sigma import heun as heun
+from jaxdiff.solvers.singlestep import dpm_solver_singlestep as dpm_solver_singlestep
+from jaxdiff.solvers.singlestep import singlestep_plan as singlestep_plan
 from jaxdiff.solvers.tableau import Row as Row
 from jaxdiff.solvers.tableau import Start as Start
 from jaxdiff.solvers.tableau import Tableau as Tableau

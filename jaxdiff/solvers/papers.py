@@ -89,4 +89,55 @@ PAPERS: Mapping[str, Paper] = {
         "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models", "DualFast",
         "2506.13058",
     ),
+    "exponential_rk": Paper(
+        "Zhang, Qinsheng and Song, Jiaming and Chen, Yongxin", 2023,
+        "Improved Order Analysis and Design of Exponential Integrator for Diffusion Models Sampling",
+        "RES", "2308.02157",
+    ),
+    "restart": Paper(
+        "Xu, Yilun and Deng, Mingyang and Cheng, Xiang and Tian, Yonglong and Liu, Ziming and "
+        "Jaakkola, Tommi", 2023,
+        "Restart Sampling for Improving Generative Processes", "Restart", "2306.14878",
+    ),
+    "seeds": Paper(
+        "Gonzalez, Martin and Fernandez, Nelson and Tran, Thuy and Gherbi, Elies and Hajri, Hatem "
+        "and Masmoudi, Nader", 2023,
+        "SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models",
+        "SEEDS", "2305.14267",
+    ),
+    "sa_solver": Paper(
+        "Xue, Shuchen and Yi, Mingyang and Luo, Weijian and Zhang, Shifeng and Sun, Jiacheng and "
+        "Li, Zhenguo and Ma, Zhi-Ming", 2023,
+        "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", "SA-Solver",
+        "2309.05019",
+    ),
+    "er_sde": Paper(
+        "Cui, Qinpeng and Zhang, Xinyi and Lu, Zongqing and Liao, Qingmin", 2023,
+        "Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models",
+        "ER-SDE-Solver", "2309.06169",
+    ),
+    "ncsn": Paper(
+        "Song, Yang and Ermon, Stefano", 2019,
+        "Generative Modeling by Estimating Gradients of the Data Distribution", "NCSN",
+        "1907.05600",
+    ),
+    "score_sde": Paper(
+        "Song, Yang and Sohl-Dickstein, Jascha and Kingma, Diederik P. and Kumar, Abhishek and "
+        "Ermon, Stefano and Poole, Ben", 2021,
+        "Score-Based Generative Modeling through Stochastic Differential Equations", "score SDE",
+        "2011.13456",
+    ),
+    "gddim": Paper(
+        "Zhang, Qinsheng and Tao, Molei and Chen, Yongxin", 2022,
+        "gDDIM: Generalized Denoising Diffusion Implicit Models", "gDDIM", "2206.05564",
+    ),
+    "consistency": Paper(
+        "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya", 2023,
+        "Consistency Models", "Consistency Models", "2303.01469",
+    ),
+    "tcd": Paper(
+        "Zheng, Jianbin and Hu, Minghui and Fan, Zhongyi and Wang, Chaoyue and Ding, Changxing "
+        "and Tao, Dacheng and Cham, Tat-Jen", 2024,
+        "Trajectory Consistency Distillation", "TCD", "2402.19159",
+    ),
 }  # fmt: skip

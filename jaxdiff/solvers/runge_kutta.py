@@ -10,7 +10,7 @@ import numpy as np
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.clocks import Level, check_choice, coordinate, half_log_snr_at, scale
 from jaxdiff.solvers.exponential_rk import first_order_row, from_blocks, rows_of
-from jaxdiff.solvers.sigma import _Churn, _rho
+from jaxdiff.solvers.sigma import Churn, rho_clock
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 # clock -> (integrand, supports alpha = 0, its stages may lie in a step to sigma = 0)
@@ -197,17 +197,17 @@ def kdpm2(
     if not 0 < r <= 1:
         raise ValueError(f"r must be in (0, 1], got {r!r}")
     check_ends(grid, "kdpm2", noise=False, data=True)
-    churn, xp = _Churn(grid, s_churn, s_min, s_max, s_noise), grid.xp
+    churn, xp = Churn(grid, s_churn, s_min, s_max, s_noise), grid.xp
     rows, nodes = [], [(0, int(churn.on))]
     for i in range(grid.steps):
-        (alpha, rho), (alpha1, rho1) = _rho(churn.level(i)), _rho(grid.node(i + 1))
+        (alpha, rho), (alpha1, rho1) = rho_clock(churn.level(i)), rho_clock(grid.node(i + 1))
         step, level = rho1 - rho, churn.level(i)
         if grid.ends[1] and i == grid.steps - 1:
             rows.append(Row(level, [Update([alpha1 / alpha], [alpha1 * step])] * (1 + churn.on)))
             nodes.append((len(rows), 0))
             continue
         middle = grid.at(-(1.0 - r) * xp.log(rho) - r * xp.log(rho1))
-        alpha_m, rho_m = _rho(middle)
+        alpha_m, rho_m = rho_clock(middle)
         to_middle = Update([alpha_m / alpha], [alpha_m * (rho_m - rho)])
         found = [0.5 / r * step, (1.0 - 0.5 / r) * step]
         solution = Update([0.0, alpha1 / alpha], [alpha1 * w for w in found])

@@ -16,7 +16,7 @@ from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 _MAX_GAMMA = 2.0**0.5 - 1.0
 
 
-def _rho(level: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+def rho_clock(level: tuple[Any, Any, Any]) -> tuple[Any, Any]:
     """(alpha, rho): the scale of y, and the clock in which dy / drho = eps."""
     _, alpha, sigma = level
     return alpha, sigma / alpha
@@ -28,10 +28,10 @@ def _tau(level: tuple[Any, Any, Any]) -> tuple[Any, Any]:
     return alpha + sigma, sigma / (alpha + sigma)
 
 
-class _Churn:
+class Churn:
     """EDM's churn at each node: raise rho to (1 + gamma) rho by adding noise (algorithm 2)."""
 
-    def __init__(self, grid: Grid, s_churn, s_min, s_max, s_noise, coordinates: Callable = _rho):
+    def __init__(self, grid: Grid, s_churn, s_min, s_max, s_noise, coordinates: Callable = rho_clock):
         numbers = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, Real):
@@ -109,13 +109,13 @@ def euler(
     if churn_evaluation not in accepted:
         raise ValueError(f"churn_evaluation must be one of {accepted}, got {churn_evaluation!r}")
     check_ends(grid, "euler", noise=False, data=True)
-    churn, rows = _Churn(grid, s_churn, s_min, s_max, s_noise), []
+    churn, rows = Churn(grid, s_churn, s_min, s_max, s_noise), []
     if churn_evaluation != "after_noise":
         data = churn_evaluation == "before_noise_x0"
         rows = [Row(grid.node(i), [_late_churn(churn, i, data)]) for i in range(grid.steps)]
         return assemble(rows, "x0" if data else "eps", grid.xp)
     for i in range(grid.steps):
-        (a, rho), (a1, rho1) = _rho(churn.level(i)), _rho(grid.node(i + 1))
+        (a, rho), (a1, rho1) = rho_clock(churn.level(i)), rho_clock(grid.node(i + 1))
         step = rho1 - rho
         solution = Update([a1 / a], [a1 * step])
         rows.append(Row(churn.level(i), churn.enter(i + 1, [1.0 / a], [step], solution)))
@@ -124,9 +124,9 @@ def euler(
     return assemble(rows, "eps", grid.xp, nodes=nodes, start=churn.start())
 
 
-def _late_churn(churn: _Churn, i: int, data: bool) -> Update:
+def _late_churn(churn: Churn, i: int, data: bool) -> Update:
     """Step i with the network evaluated before the noise; `data` keeps its x0, else its eps."""
-    (a, rho), (a1, rho1) = _rho(churn.grid.node(i)), _rho(churn.grid.node(i + 1))
+    (a, rho), (a1, rho1) = rho_clock(churn.grid.node(i)), rho_clock(churn.grid.node(i + 1))
     raised, noise = churn.raised.get(i, (rho, None))
     carry = rho1 / raised if data else 1.0
     kept = 1.0 - carry if data else rho1 - raised
@@ -157,8 +157,8 @@ def heun(
     if clock == "flow" and s_churn:
         raise ValueError(f"clock='flow' takes no churn, got s_churn={s_churn!r}")
     check_ends(grid, "heun", noise=clock == "flow", data=True)
-    coordinates = _tau if clock == "flow" else _rho
-    churn = _Churn(grid, s_churn, s_min, s_max, s_noise, coordinates)
+    coordinates = _tau if clock == "flow" else rho_clock
+    churn = Churn(grid, s_churn, s_min, s_max, s_noise, coordinates)
     rows, nodes = [], [(0, int(churn.on))]
     for i in range(grid.steps):
         (scale, place), (end, place1) = coordinates(churn.level(i)), coordinates(grid.node(i + 1))

@@ -185,12 +185,14 @@ def assemble(
         for i in (0, 1)
     )  # fmt: skip
     first = 0 if start is None or start.z is None else 1
-    has_noise = [any(update.z is not None for update in row) for row in updates]
+    # A coefficient that is 0 draws nothing: its row repeats a draw that exists.
+    has_noise = [any(_draws(update.z) for update in row) for row in updates]
     draw = np.maximum(np.cumsum(has_noise) - 1 + first, 0).astype(np.int32)
     start_scale, start_noise = [1.0] * registers, None
     if start is not None:
         start_scale[0] = start.s[0]
-        start_noise = stack([start.z, *[0.0] * (registers - 1)])
+        if start.z is not None:
+            start_noise = stack([start.z, *[0.0] * (registers - 1)])
     clock = None
     if brownian is not None:
         clock = stack([[*(row.clock or (0.0, 0.0))] for row in rows])
@@ -205,6 +207,10 @@ def assemble(
         registers=registers, history=history, outputs=outputs, brownian=brownian,
         blind=_blind(u, w),
     )  # fmt: skip
+
+
+def _draws(z: Any) -> bool:
+    return z is not None and not (is_concrete(z) and not np.any(np.asarray(z)))
 
 
 def _blind(u: Any, w: Any) -> tuple[tuple[str, ...], ...]:

@@ -136,8 +136,10 @@ def test_pure_noise_is_supported_or_refused():
             for grid, count in ((jd.grids.uniform(FLOW, 40), 2000), (jd.grids.uniform(FLOW, 1), 4))
         )  # fmt: skip
     for name, samples, single in zip(supported, many, one):
-        np.testing.assert_allclose(np.mean(samples, 0), mean, atol=0.12, err_msg=name)
-        np.testing.assert_allclose(np.cov(samples.T), cov, atol=0.2, err_msg=name)
+        # Consistency samplers end at the data only with a consistency model.
+        if SETTINGS[name][0].family != "consistency":
+            np.testing.assert_allclose(np.mean(samples, 0), mean, atol=0.12, err_msg=name)
+            np.testing.assert_allclose(np.cov(samples.T), cov, atol=0.2, err_msg=name)
         if integrand(name) != "v":
             np.testing.assert_allclose(single, np.tile(mean, (4, 1)), atol=1e-12, err_msg=name)
 

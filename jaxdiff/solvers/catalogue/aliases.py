@@ -19,7 +19,7 @@ _INTERFACES = {
     "DPM++ 2M": "dpm_solver_pp_2m", "DPM++ SDE": "dpm_solver_pp_sde",
     "DPM++ 2M SDE": "dpm_solver_pp_2m_sde", "DPM++ 2M SDE Heun": "dpm_solver_pp_2m_sde_heun",
     "DPM++ 3M SDE": "dpm_solver_pp_3m_sde", "DEIS": "deis_tab2", "UniPC": "unipc_2",
-    "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart",
+    "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart", "LCM": "consistency", "TCD": "tcd",
 }  # fmt: skip
 
 _OTHERS = {
@@ -39,6 +39,9 @@ _OTHERS = {
     "sample_dpmpp_2m_sde": Alias("dpm_solver_pp_2m_sde"),
     "sample_dpmpp_3m_sde": Alias("dpm_solver_pp_3m_sde"),
     # diffusers
+    "LCMScheduler": Alias("consistency", "leading"),
+    "TCDScheduler": Alias("tcd", "leading"),
+    "IPNDMScheduler": Alias("ipndm_4"),
     "DDIMScheduler": Alias("ddim", "leading"),
     "DDPMScheduler": Alias("ddpm", "leading"),
     "PNDMScheduler": Alias("f_pndm", "leading"),

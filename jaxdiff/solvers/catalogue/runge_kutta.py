@@ -9,8 +9,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "runge_kutta", runge_kutta,
         {
-            "rk4": Setting({}, 4),
-            "rk38": Setting({"method": "rk38"}, 4),
+            "rk4": Setting({}, 4, exact=Exactness("rho", 3)),
+            "rk38": Setting({"method": "rk38"}, 4, exact=Exactness("rho", 3)),
             "rk4_lambda": Setting({"clock": "lambda"}, 4),
             "kutta3_flow": Setting(
                 {"method": "kutta3", "clock": "tau"}, 3, nfe_per_step=3,
@@ -24,7 +24,9 @@ ENTRIES: tuple[Entry, ...] = (
                 {"clock": "kappa"}, 4, integrand="x0", ends=(True, True),
                 exact=Exactness("kappa", 3),
             ),
-            "deis_rhork_kutta": Setting({"method": "kutta3"}, 3, nfe_per_step=3),
+            "deis_rhork_kutta": Setting(
+                {"method": "kutta3"}, 3, nfe_per_step=3, exact=Exactness("rho", 3)
+            ),
             "deis_rhork_heun3": Setting(
                 {"method": "heun3"}, 3, nfe_per_step=3, exact=Exactness("rho", 2)
             ),
@@ -34,7 +36,9 @@ ENTRIES: tuple[Entry, ...] = (
             "deis_rhork_van_der_houwen": Setting(
                 {"method": "van_der_houwen3"}, 3, nfe_per_step=3, exact=Exactness("rho", 2)
             ),
-            "deis_rhork_ssprk": Setting({"method": "ssprk3"}, 3, nfe_per_step=3),
+            "deis_rhork_ssprk": Setting(
+                {"method": "ssprk3"}, 3, nfe_per_step=3, exact=Exactness("rho", 3)
+            ),
             "deis_rhork_midpoint": Setting(
                 {"method": "midpoint"}, 2, nfe_per_step=2, exact=Exactness("rho", 1)
             ),

@@ -21,7 +21,9 @@ ENTRIES: tuple[Entry, ...] = (
                 {"predictor": 2, "corrector": 2, "variant": "few_steps", "lower_order_final": True},
                 2, False, strong=1,
             ),
-            "sa_solver_pece": Setting({"mode": "pece"}, 2, False, nfe_per_step=2, extra=-1),
+            "sa_solver_pece": Setting(
+                {"mode": "pece"}, 2, False, nfe_per_step=2, extra=-1, strong=1
+            ),
             "sa_solver_eps": Setting(
                 {"integrand": "eps", "predictor": 2, "corrector": 2}, 2, False, integrand="eps",
                 ends=(False, True), strong=1,

@@ -1,6 +1,7 @@
 """Entries: samplers that draw noise in every step."""
 
 from jaxdiff.solvers.catalogue.entry import Entry, Setting
+from jaxdiff.solvers.consistency import consistency, tcd
 from jaxdiff.solvers.first_order import ddim, ddpm
 from jaxdiff.solvers.langevin import annealed_langevin, predictor_corrector
 from jaxdiff.solvers.restart import Interval, restart
@@ -9,8 +10,8 @@ ENTRIES = (
     Entry(
         "ddpm", ddpm,
         {
-            "ddpm": Setting({}, 1, False),
-            "ddpm_large": Setting({"variance": "fixed_large"}, 1, False),
+            "ddpm": Setting({}, 1, False, strong=1),
+            "ddpm_large": Setting({"variance": "fixed_large"}, 1, False, strong=1),
         },
         1, "x0", (True, True), "ddpm", "ancestral",
     ),
@@ -41,5 +42,18 @@ ENTRIES = (
         "annealed_langevin", annealed_langevin,
         {"annealed_langevin": Setting({}, 0, False)},
         10, "x0", (False, True), "ncsn", "Langevin",
+    ),
+    # With the mean of the posterior in place of a consistency model these lose variance: order 0.
+    Entry(
+        "consistency", consistency, {"consistency": Setting({}, 0, False)},
+        1, "x0", (True, True), "consistency", "consistency",
+    ),
+    Entry(
+        "tcd", tcd,
+        {
+            "tcd": Setting({}, 0, False),
+            "tcd_rho": Setting({"variable": "rho"}, 0, False),
+        },
+        1, "x0", (True, True), "tcd", "consistency",
     ),
 )  # fmt: skip
