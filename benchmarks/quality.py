@@ -269,8 +269,8 @@ def draw(cells, numbers, path):
         axis.set_xlabel("evaluations (NFE)")
     for axis in axes[:, 0]:
         axis.set_ylabel("median error / sqrt(d)")
-    axes[0, 0].legend()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=3)
     figure.savefig(path, dpi=110)
 
 

@@ -32,9 +32,11 @@ from jaxdiff.solvers.dpm_solver_sde import (
 from jaxdiff.solvers.dpm_solver_sde import dpm_solver_sde_multistep as dpm_solver_sde_multistep
 from jaxdiff.solvers.dual_fast import dual_fast as dual_fast
 from jaxdiff.solvers.dual_fast import dual_fast_multistep as dual_fast_multistep
+from jaxdiff.solvers.er_sde import er_sde as er_sde
 from jaxdiff.solvers.exponential_rk import exponential_rk as exponential_rk
 from jaxdiff.solvers.first_order import ddim as ddim
 from jaxdiff.solvers.first_order import ddpm as ddpm
+from jaxdiff.solvers.gddim import gddim as gddim
 from jaxdiff.solvers.langevin import annealed_langevin as annealed_langevin
 from jaxdiff.solvers.langevin import predictor_corrector as predictor_corrector
 from jaxdiff.solvers.momentum import ghvb as ghvb
@@ -45,8 +47,12 @@ from jaxdiff.solvers.pndm import ipndm as ipndm
 from jaxdiff.solvers.pndm import pndm as pndm
 from jaxdiff.solvers.restart import Interval as Interval
 from jaxdiff.solvers.restart import restart as restart
+from jaxdiff.solvers.reverse_sde import euler_maruyama as euler_maruyama
+from jaxdiff.solvers.reverse_sde import reverse_diffusion as reverse_diffusion
 from jaxdiff.solvers.runge_kutta import kdpm2 as kdpm2
 from jaxdiff.solvers.runge_kutta import runge_kutta as runge_kutta
+from jaxdiff.solvers.sa_solver import sa_solver as sa_solver
+from jaxdiff.solvers.seeds import seeds as seeds
 from jaxdiff.solvers.sigma import euler as euler
 from jaxdiff.solvers.sigma import heun as heun
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep as dpm_solver_singlestep

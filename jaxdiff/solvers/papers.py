@@ -100,7 +100,7 @@ PAPERS: Mapping[str, Paper] = {
         "Restart Sampling for Improving Generative Processes", "Restart", "2306.14878",
     ),
     "seeds": Paper(
-        "Gonzalez, Martin and Fernandez, Nelson and Tran, Thuy and Gherbi, Elies and Hajri, Hatem "
+        "Gonzalez, Martin and Fernandez Pinto, Nelson and Tran, Thuy and Gherbi, Elies and Hajri, Hatem "
         "and Masmoudi, Nader", 2023,
         "SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models",
         "SEEDS", "2305.14267",

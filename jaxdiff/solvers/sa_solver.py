@@ -38,8 +38,9 @@ def sa_solver(
     for Fast Sampling of Diffusion Models" (2023). With tau = 0 it is `exponential_adams` of x0 in
     lambda. Any tau keeps the marginals, so that it may jump between steps.
 
-    Weak order min(2, max(predictor, corrector)) for tau > 0 and strong order 1, whatever the
-    polynomials' degrees.
+    For tau > 0, weak order min(2, max(predictor, corrector)) and strong order 1, whatever the
+    polynomials' degrees (1/2 where noise begins or ends between nodes: a `window`, a jump of tau,
+    or the quiet last step of "few_steps").
 
     Arguments:
       predictor: evaluations that the predictor uses, 1 to 4 (grown from 1 over the first steps).

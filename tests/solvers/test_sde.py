@@ -304,9 +304,7 @@ def test_gddim_follows_every_frequency(x64, order, expected):
     tables = [
         gddim(jd.grids.half_log_snr(PROCESS, n, t_min=0.05), order, scaling=blur) for n in steps
     ]
-    first, last = (
-        np.sqrt(a**2 * SPREAD**2 + s**2) for a, s in (blurred(1.0), blurred(0.05))
-    )  # fmt: skip
+    first, last = (np.sqrt(a**2 * SPREAD**2 + s**2) for a, s in map(blurred, (1.0, 0.05)))
     ends = np.stack(run_all(jd.Denoiser(blurred_eps, "eps"), tables, y))[:, 0]
     errors = np.abs(ends - last / first).max(1)
     assert fitted_order(steps, errors) >= expected - 0.25
