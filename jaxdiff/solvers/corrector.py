@@ -74,9 +74,10 @@ def correct(
     tableau: Tableau, grid: Grid, orders: Sequence[int], integrand: str, rule: Rule,
     skip_pure_noise: bool, stages: bool = True,
 ) -> Tableau:  # fmt: skip
-    """`corrected` with the weights of a step given by `rule(level, end, places, whether alpha = 0 at level)`.
+    """`corrected` with a step's weights from `rule(level, end, places, whether level has alpha = 0)`.
 
-    Places and weights are newest first. `skip_pure_noise` leaves out the evaluation at a node with alpha = 0.
+    Places and weights are newest first. `skip_pure_noise` leaves out the evaluation at a node with
+    alpha = 0.
     """
     rows_at = _rows_at_nodes(tableau, grid, integrand)
     xp = namespace(tableau, grid.t, grid.alpha, grid.sigma)

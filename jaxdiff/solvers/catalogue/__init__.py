@@ -89,7 +89,10 @@ def settings_table() -> str:
     rows = [("name", "builder and options", "integrand", *_HEAD, "also called")]
     for entry in CATALOGUE.values():
         for name, setting in entry.settings.items():
-            options = "".join(f", {key}={value!r}" for key, value in setting.options.items())
+            options = "".join(
+                f", {key}={getattr(value, '__name__', repr(value))}"
+                for key, value in setting.options.items()
+            )
             others = [other for other, alias in ALIASES.items() if alias.setting == name]
             plain = [n for n in others if not n.endswith((" Karras", " Exponential"))]
             rows.append((

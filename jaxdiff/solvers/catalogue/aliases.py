@@ -19,7 +19,8 @@ _INTERFACES = {
     "DPM++ 2M": "dpm_solver_pp_2m", "DPM++ SDE": "dpm_solver_pp_sde",
     "DPM++ 2M SDE": "dpm_solver_pp_2m_sde", "DPM++ 2M SDE Heun": "dpm_solver_pp_2m_sde_heun",
     "DPM++ 3M SDE": "dpm_solver_pp_3m_sde", "DEIS": "deis_tab2", "UniPC": "unipc_2",
-    "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart", "LCM": "consistency", "TCD": "tcd",
+    "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart",
+    "LCM": "consistency", "TCD": "tcd",
 }  # fmt: skip
 
 _OTHERS = {
