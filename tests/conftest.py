@@ -1,6 +1,7 @@
 """Eight simulated devices and a persistent compilation cache for the whole suite."""
 
 import os
+from pathlib import Path
 
 # Small programs: compiling them costs more than running them.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -13,6 +14,19 @@ import pytest  # noqa: E402
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Linux gives a process some 65,000 memory maps, a compiled program takes several, and XLA crashes
+# when there are none left.
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drop compiled programs (the cache on disk keeps them) before a process runs out of maps."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

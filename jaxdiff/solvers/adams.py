@@ -1,5 +1,8 @@
 """Exponential Adams methods: one evaluation a step, polynomials through the last evaluations."""
 
+import numpy as np
+
+from jaxdiff.arrays import is_concrete
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.clocks import (
     INTEGRANDS,
@@ -58,7 +61,9 @@ def exponential_adams(
         converges at order - 1; with few steps, where the last difference is mostly noise, it is
         often the better one.
 
-    The corrected method converges at min(order + 1, corrector), where the start allows it. Steps
+    The corrected method converges at min(order + 1, corrector), with blend < 1 at min(order,
+    corrector), where the start allows it. From alpha = 0 no start keeps an order: stages would stand
+    in an infinite step. Steps
     from alpha = 0 and to sigma = 0 are of first order where z is infinite there, and that node is
     left out of later polynomials; "eps" needs alpha > 0. Raises ValueError for options other than
     these.
@@ -73,6 +78,13 @@ def exponential_adams(
         raise ValueError(f"power must be positive, and 1 for 'lambda', got {power!r}")
     if not 0.0 <= blend <= 1.0 or (order == 1 and blend != 1.0):
         raise ValueError(f"blend must lie in [0, 1], and be 1 for order 1, got {blend!r}")
+    if variable == "t" and is_concrete(grid.t):
+        repeated = np.flatnonzero(np.diff(np.asarray(grid.t)[:-1]) == 0)
+        if repeated.size:
+            raise ValueError(
+                f"variable 't' needs times that differ, but nodes {repeated[0]} and {repeated[0] + 1} "
+                f"are both at t = {grid.t[repeated[0]]:g}: interpolate in another variable"
+            )
     check_ends(grid, "exponential_adams", noise=integrand != "eps", data=True)
     steps = grid.steps
 
@@ -124,7 +136,7 @@ def exponential_adams(
     orders = [
         0 if i in started else min(corrector, limit(i, corrector) + 1) for i in range(steps)
     ]
-    stages = start != "runge_kutta"
+    stages = start == "singlestep"
     return corrected(predictor, grid, orders, integrand, variable, power, stages)
 
 

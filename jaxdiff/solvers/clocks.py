@@ -194,6 +194,10 @@ def _levels_between(
         rate = {"kappa": -1.0 / sine**2, "rho": 1.0 / cosine**2}
         rate |= {"tau": 1.0 / (sine + cosine) ** 2, "angle": xp.ones_like(angle)}
         lam = xp.log(cosine) - xp.log(sine)
+        if times:
+            # No grid knows the times between its last finite node and an end: evenly in the angle.
+            share = (angle - first) / (last - first)
+            return (level[0] + share * (end[0] - level[0]), None, None), measure * rate[own]
     if times:
         return grid.at(lam), measure * rate[own]
     # Any level of this lambda has the other variables' values.

@@ -26,7 +26,8 @@ Rule = Callable[[Level, Level, list[Level], bool], Sequence[Any]]
 
 def corrected(
     tableau: Tableau, grid: Grid, order: int | Sequence[int] = 2, integrand: str = "x0",
-    variable: str = "lambda", power: float = 1.0, stages: bool = True,
+    variable: str = "lambda", power: float = 1.0, stages: bool = False,
+    ramp: bool = True,
 ) -> Tableau:  # fmt: skip
     """`tableau` with each step but the last corrected by the evaluation made at its end.
 
@@ -36,7 +37,8 @@ def corrected(
 
     P through the evaluation at the predicted x_i and those before it, x_{i-1} corrected itself:
     Adams-Moulton, UniPC's corrector (Zhao et al. 2023) for
-    a method of any kind. A predictor of order p becomes one of order min(p + 1, order).
+    a method of any kind. A predictor of order p becomes one of order min(p + 1, order), but with
+    `ramp` 3 at most, where the trajectory is not smooth from the start.
 
     Arguments:
       tableau: a deterministic sampler on `grid` whose integrand is `integrand`, with the solution
@@ -44,7 +46,10 @@ def corrected(
       order: evaluations that P goes through, the new one included (at least 2), as far as there are
         that many; or one number for each step, 0 for a step that is not corrected.
       integrand, variable, power: as in `exponential_adams`.
-      stages: whether evaluations between nodes count; not where two of them are at one level.
+      stages: whether evaluations between nodes count. Those of a single-step method stand at states
+        of low order, which costs its order; a start's few do not.
+      ramp: whether the first steps, which have fewer evaluations behind them than `order`, are
+        corrected with those; False for a predictor whose order is high from the first step on.
 
     Nodes where z is infinite are left out, and a step from one is not corrected. Raises ValueError
     for a stochastic tableau, one on another grid, or one of another integrand.
@@ -57,7 +62,7 @@ def corrected(
         return weights(grid, level, end, places, integrand, variable, power, (pure_noise, False))
 
     infinite = ("lambda", "rho") if not grid.backward else ()
-    return correct(tableau, grid, orders, integrand, rule, variable in infinite, stages)
+    return correct(tableau, grid, orders, integrand, rule, variable in infinite, stages, ramp)
 
 
 def _orders(order: Any, steps: int) -> list[int]:
@@ -72,7 +77,7 @@ def _orders(order: Any, steps: int) -> list[int]:
 
 def correct(
     tableau: Tableau, grid: Grid, orders: Sequence[int], integrand: str, rule: Rule,
-    skip_pure_noise: bool, stages: bool = True,
+    skip_pure_noise: bool, stages: bool = False, ramp: bool = True,
 ) -> Tableau:  # fmt: skip
     """`corrected` with a step's weights from `rule(level, end, places, whether level has alpha = 0)`.
 
@@ -90,6 +95,9 @@ def correct(
             continue
         row, first = rows_at[i], 1 if grid.ends[0] and skip_pure_noise else 0
         used = [r for r in range(row, first - 1, -1) if stages or r in rows_at][: orders[i - 1]]
+        if not ramp and len(used) < orders[i - 1]:
+            continue
+        _check_distinct(tableau, used)
         level, end = grid.node(i - 1), grid.node(i)
         found = rule(level, end, [levels[r] for r in used], pure_noise)
         ages = [row - r for r in used]
@@ -132,6 +140,17 @@ def correct(
         ),
         registers=registers + 1, history=history,
     )  # fmt: skip
+
+
+def _check_distinct(tableau: Tableau, rows: Sequence[int]) -> None:
+    """Raise ValueError where two evaluations of one polynomial stand at one level."""
+    if is_concrete(tableau.alpha, tableau.sigma):
+        levels = [(float(tableau.alpha[r]), float(tableau.sigma[r])) for r in rows]
+        if len(set(levels)) < len(levels):
+            raise ValueError(
+                "the tableau evaluates twice at one level, and a polynomial takes one of them: give "
+                "stages=False"
+            )
 
 
 def _rows_at_nodes(tableau: Tableau, grid: Grid, integrand: str) -> list[int]:

@@ -140,4 +140,9 @@ PAPERS: Mapping[str, Paper] = {
         "and Tao, Dacheng and Cham, Tat-Jen", 2024,
         "Trajectory Consistency Distillation", "TCD", "2402.19159",
     ),
+    "rectified_flow": Paper(
+        "Liu, Xingchao and Gong, Chengyue and Liu, Qiang", 2023,
+        "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
+        "rectified flow", "2209.03003",
+    ),
 }  # fmt: skip

@@ -38,8 +38,8 @@ def analytic_first_step(
     _check_start(tableau, "analytic_first_step", stacked_start=True)
     if tableau.rows < 2:
         raise ValueError("analytic_first_step needs a tableau of at least 2 evaluations, got 1")
-    if is_concrete(std) and not np.all(np.asarray(std) > 0):
-        raise ValueError(f"std must be positive, got {std!r}")
+    if np.ndim(std) or (is_concrete(std) and not 0 < float(std) < np.inf):
+        raise ValueError(f"std must be one positive number, got {std!r}")
     xp = namespace(tableau, mean, std)
     alpha, sigma = tableau.alpha[0], tableau.sigma[0]
     gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
@@ -123,6 +123,11 @@ def teleport(
         raise ValueError("cov must be symmetric and have no negative eigenvalue")
     scales = np.maximum(scales, 0.0)
     a1, s1 = tableau.alpha[0], tableau.sigma[0]
+    if is_concrete(alpha, sigma, a1, s1) and not (alpha >= 0 < sigma and alpha * s1 < a1 * sigma):
+        raise ValueError(
+            f"need alpha >= 0 and sigma > 0 at more noise than the tableau's first level ({a1:g}, "
+            f"{s1:g}), got ({alpha:g}, {sigma:g})"
+        )
     xp = namespace(tableau, alpha, sigma)
     psi = xp.sqrt((s1**2 + scales * a1**2) / (sigma**2 + scales * alpha**2))
     matrix = (axes * psi) @ axes.T

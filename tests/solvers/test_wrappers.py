@@ -107,9 +107,11 @@ corrected, KARRAS = jd.solvers.corrected, jd.grids.karras
     ("call", "message"),
     [
         (lambda: first_step(jd.solvers.ddim(jd.grids.uniform(VP, 1))), "at least 2"),
-        (lambda: first_step(DDIM, std=0.0), "std must be positive"),
+        (lambda: first_step(DDIM, std=0.0), "one positive number, got 0.0"),
         (lambda: first_step(jd.solvers.euler(GRID, s_churn=9.0)), "start is plain"),
         (lambda: first_step(jd.solvers.stack([DDIM])), "stacked"),
+        (lambda: first_step(DDIM, std=np.ones(2)), "one positive number"),
+        (lambda: teleport(DDIM, 0.9, 0.1, np.zeros(2), np.eye(2)), "more noise than the tableau's"),
         (lambda: teleport(DDIM, 0.1, 1.0, np.zeros(3), np.eye(2)), r"\(3, 3\)"),
         (lambda: teleport(DDIM, 0.1, 1.0, np.zeros(2), -np.eye(2)), "eigenvalue"),
         (

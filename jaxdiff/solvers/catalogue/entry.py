@@ -20,9 +20,9 @@ class Exactness(NamedTuple):
 class Setting(NamedTuple):
     """One named choice of a builder's options.
 
-    `order`: what it converges at asymptotically on any smooth grid, with sigma > 0 at the end (weak
-    order if it draws noise). `integrand`, `ends` and `nfe_per_step` where they are not the entry's
-    own. `extra`: evaluations that the start makes beyond nfe_per_step a step. `exact`: the integrands
+    `order`: what it converges at asymptotically on any smooth grid with alpha > 0 at the noise end and
+    sigma > 0 at the data end (weak order if it draws noise; 0 if it has a bias that stays). `integrand`, `ends`, `nfe_per_step` and `paper` where they are not the
+    entry's own. `extra`: evaluations that the start makes beyond nfe_per_step a step. `exact`: the integrands
     that it integrates exactly, if there are any. `strong`: strong order on a Brownian path, for noisy
     settings whose rows carry its clock.
     """
@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     extra: int = 0
     exact: Exactness | None = None
     strong: float | None = None
+    paper: str | None = None
 
 
 class Entry(NamedTuple):

@@ -3,7 +3,7 @@
 from jaxdiff.solvers.catalogue.entry import Entry, Exactness, Setting
 from jaxdiff.solvers.runge_kutta import kdpm2, runge_kutta
 
-FLOW = {"integrand": "flow", "ends": (True, True)}
+FLOW = {"integrand": "flow", "ends": (True, True), "paper": "rectified_flow"}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(

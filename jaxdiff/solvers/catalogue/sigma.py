@@ -19,7 +19,7 @@ ENTRIES = (
             "heun_churn": Setting({"s_churn": 10.0}, 1, False),
             "heun_flow": Setting(
                 {"clock": "flow"}, 2, integrand="flow", ends=(True, True),
-                exact=Exactness("tau", 1),
+                exact=Exactness("tau", 1), paper="rectified_flow",
             ),
         },
         2, "eps", (False, True), "edm", "Runge-Kutta",

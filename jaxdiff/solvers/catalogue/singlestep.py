@@ -5,7 +5,7 @@ from jaxdiff.solvers.exponential_rk import exponential_rk
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep
 
 EPS = {"integrand": "eps", "ends": (False, True)}
-DATA = {"integrand": "x0", "ends": (True, True)}
+DATA = {"integrand": "x0", "ends": (True, True), "paper": "dpm_solver_pp"}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
