@@ -9,7 +9,7 @@ analytic first step. Among so many the best flatters itself, so a choice is made
 scored on 64 fresh ones, ours and the peers' alike.
 
 The peers' samplers run as our tables with the peers' own formulas, errors included: each is matched
-with the original code to 1e-8 in tests/test_parity*.py.
+with the original code to 1e-8 in tests/test_parity*.py (DEIS's coefficients in the limit of its sums).
 """
 
 import functools
