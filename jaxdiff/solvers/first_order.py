@@ -69,7 +69,8 @@ def ddim(
             z = eta * s1 * xp.sqrt(share)
             if is_concrete(z, s1) and np.any(z > s1):
                 raise ValueError(f"eta = {eta} asks for more noise than sigma at node {i + 1}")
-            along = xp.sqrt(s1**2 - z**2)
+            # Factored: at eta = 1 with "full" the root is that of a constant 0, without a derivative.
+            along = s1 * xp.sqrt(1.0 - eta**2 * share)
         if outputs == 1:
             update = Update([along / s], [a1 - along * a / s], z)
         else:
