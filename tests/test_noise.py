@@ -61,7 +61,6 @@ def test_bad_keys_are_named():
         per_sample(jax.random.split(KEY, 3), 4)
 
 
-@pytest.mark.xdist_group("devices")
 def test_one_key_on_many_devices_is_refused():
     """Every device would count its samples from 0, and draw its neighbour's noise."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -283,7 +283,6 @@ def errors(case):
         return np.abs(ours - expected).max((1, 2)) / np.abs(expected).max((1, 2))
 
 
-@pytest.mark.xdist_group("parity")
 @pytest.mark.parametrize("scheduler", COUNTS)
 def test_every_trajectory_is_met_or_its_deviation_is_named(scheduler):
     members = [case for case in cases() if case.scheduler == scheduler]
@@ -297,7 +296,6 @@ def test_every_trajectory_is_met_or_its_deviation_is_named(scheduler):
     assert (len(members) - deviating, deviating) == COUNTS[scheduler]
 
 
-@pytest.mark.xdist_group("parity")
 @pytest.mark.parametrize("reason", DEVIATIONS)
 def test_a_deviation_is_one(reason):
     """NaN where it says so, else far above rounding even from the nearest of our variants; only an
@@ -314,7 +312,6 @@ def test_a_deviation_is_one(reason):
             assert is_nan or errors(case)[first(case)] > 1e-4
 
 
-@pytest.mark.xdist_group("parity")
 def test_no_case_is_left_out():
     assert len(replayed()) == len(cases()) == 262
     assert [sum(column) for column in zip(*COUNTS.values())] == [249, 13]

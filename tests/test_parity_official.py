@@ -139,7 +139,6 @@ def errors(case, recorded=None):
     return np.abs(ours - expected).max((1, 2)) / np.abs(expected).max((1, 2))
 
 
-@pytest.mark.xdist_group("parity_official")
 @pytest.mark.parametrize("reference", COUNTS)
 def test_every_trajectory_is_met_or_its_deviation_is_named(reference):
     members = [case for case in cases() if case.reference == reference]
@@ -155,7 +154,6 @@ def test_every_trajectory_is_met_or_its_deviation_is_named(reference):
     assert counts == COUNTS[reference]
 
 
-@pytest.mark.xdist_group("parity_official")
 @pytest.mark.parametrize("reason", DEVIATIONS)
 def test_a_deviation_is_one(reason):
     """Far above rounding even from the nearest of our variants."""
@@ -175,7 +173,6 @@ def riemann_groups():
     return {str(key): sorted(members, key=points) for key, members in groups.items()}
 
 
-@pytest.mark.xdist_group("parity_official")
 @pytest.mark.parametrize("group", riemann_groups())
 def test_deis_is_met_in_the_limit_of_its_riemann_sums(group):
     """With n, 2 n and 4 n points the error is a / n + b / n^2 + ...: the limit is ours."""
@@ -190,7 +187,6 @@ def test_deis_is_met_in_the_limit_of_its_riemann_sums(group):
     assert np.all(errors(members[0], limit) <= TOLERANCE)
 
 
-@pytest.mark.xdist_group("parity_official")
 def test_no_case_is_left_out():
     assert len(replayed()) == len(cases()) == 470
     assert sum(map(sum, COUNTS.values())) == 470

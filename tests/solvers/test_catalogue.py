@@ -45,7 +45,6 @@ def short_runs():
         return x, dict(zip(cases, zip(cases.values(), out)))
 
 
-@pytest.mark.xdist_group("catalogue")
 @pytest.mark.parametrize("end", ["t_min", "zero"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_one_to_three_steps_end_at_data(steps, end):
@@ -74,7 +73,6 @@ def one_of_each_shape():
     return list(shapes.values())
 
 
-@pytest.mark.xdist_group("catalogue")
 @pytest.mark.parametrize("name", one_of_each_shape())
 def test_stacked_is_looped(x64, name):
     x, runs = short_runs()
@@ -97,7 +95,6 @@ def test_nfe_is_the_number_of_evaluations(name):
     np.testing.assert_array_equal(both.nfe, [tableau.nfe, final.nfe])
 
 
-@pytest.mark.xdist_group("catalogue")
 def test_one_step_to_sigma_zero_is_the_denoised_state():
     """With one step to sigma = 0 every method is x0(x_T): the limit, in closed form.
 
@@ -117,7 +114,6 @@ def test_one_step_to_sigma_zero_is_the_denoised_state():
     assert compared > 0.9 * len(SETTINGS)
 
 
-@pytest.mark.xdist_group("catalogue")
 def test_pure_noise_is_supported_or_refused():
     """From alpha = 0, where x_T says nothing: one step is the mean of the data, 40 its spread."""
     supported = []
@@ -156,7 +152,6 @@ ROUNDED = [
 ]
 
 
-@pytest.mark.xdist_group("catalogue")
 @pytest.mark.parametrize("spacing", ["half_log_snr", "karras", "uniform", "quadratic"])
 def test_float32_is_close_to_float64(spacing):
     """To 1e-4 at the 99th percentile, 10 and 50 steps, every deterministic solver."""

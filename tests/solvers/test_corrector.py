@@ -24,7 +24,6 @@ def order(make):
     return fitted_order(STEPS, [median_error(end, exact) for end in ends])
 
 
-@pytest.mark.xdist_group("corrector")
 @pytest.mark.parametrize(
     ("name", "options", "low", "high"),
     [

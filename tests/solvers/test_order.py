@@ -2,8 +2,8 @@
 
 Protocol: float64, a mixture of broad components in 2 and in 16 dimensions, starts drawn from the
 marginal, exact end points, two spans (from t_max, and from t = 0.6, where a low-order start shows),
-three grids, 80 to 640 steps, the median error of 64 samples (32 in 16 dimensions), the slope fitted above
-rounding. All tables of a family with about as many rows run in one vmapped program.
+three grids, 80 to 640 steps, the median error of 64 samples (32 in 16 dimensions), the slope fitted
+above rounding. All tables of a family with about as many rows run in one vmapped program.
 """
 
 import dataclasses
@@ -70,11 +70,7 @@ def orders(family):
     return found
 
 
-ORDER_CASES = [
-    pytest.param(family, name, marks=pytest.mark.xdist_group(f"order {family}"))
-    for family in FAMILIES
-    for name in members(family, DETERMINISTIC)
-]
+ORDER_CASES = [(family, name) for family in FAMILIES for name in members(family, DETERMINISTIC)]
 
 
 @pytest.mark.parametrize("dim", MIXTURES)
@@ -85,14 +81,12 @@ def test_order_is_the_stated_one(family, name, dim):
     assert min(found.values()) >= SETTINGS[name][1].order - 0.25, found
 
 
-@pytest.mark.xdist_group("order exponential Adams")
 @pytest.mark.parametrize("name", ["dpm_solver_pp_3m", "dpm_solver_pp_3m_published"])
 def test_order_two_is_all_that_a_ramp_or_the_published_formula_gives(name):
     """The stated orders are not mere lower bounds: these two are 2 and no more."""
     assert orders("exponential Adams")[name, 2, "half_log_snr", "inner"] < 2.4
 
 
-@pytest.mark.xdist_group("order exponential Adams")
 def test_the_protocol_sees_a_broken_coefficient():
     def broken(steps):
         tableau = jd.solvers.dpm_solver_pp_multistep(grid("half_log_snr", "inner", steps), order=2)
@@ -138,13 +132,11 @@ def weak_orders():
     return {name: fitted_order(WEAK_STEPS, row) for name, row in zip(NOISY, rows)}
 
 
-@pytest.mark.xdist_group("weak order")
 @pytest.mark.parametrize("name", NOISY)
 def test_weak_order_is_the_stated_one(name):
     assert weak_orders()[name] >= SETTINGS[name][1].order - 0.25
 
 
-@pytest.mark.xdist_group("weak order")
 def test_the_weak_protocol_sees_too_little_noise():
     quiet = [dataclasses.replace(table, C=0.95 * table.C) for table in weak_tables("ddpm")]
     assert fitted_order(WEAK_STEPS, weak_errors(quiet)) < 0.5

@@ -117,7 +117,6 @@ def strong_order(name):
     return fitted_order(STEPS, [rms(ends[n] - ends[FINE]) for n in STEPS])
 
 
-@pytest.mark.xdist_group("strong order")
 @pytest.mark.parametrize("name", CLOCKED)
 def test_strong_order_is_the_stated_one(name):
     stated = CLOCKED[name][1].strong
@@ -125,7 +124,6 @@ def test_strong_order_is_the_stated_one(name):
     assert strong_order(name) >= stated - 0.25
 
 
-@pytest.mark.xdist_group("strong order")
 @pytest.mark.parametrize("name", ["ddpm", "dpm_solver_pp_2m_sde", "dpm_solver_pp_3m_sde"])
 def test_order_one_is_all_that_a_paths_increments_give(name):
     """The stated orders are not mere lower bounds."""
@@ -166,7 +164,6 @@ OTHER = {
 }
 
 
-@pytest.mark.xdist_group("strong order")
 @pytest.mark.parametrize("name", [name for name in CLOCKED if OTHER.get(name, 1.0) is not None])
 def test_the_limit_is_the_sdes_solution(name):
     """Within 0.05 of Euler-Maruyama's with 320 steps or more; another SDE's is 0.3 away."""
@@ -176,7 +173,6 @@ def test_the_limit_is_the_sdes_solution(name):
     assert rms(end - limit(form, 0.5 if q == 1.0 else 1.0)) > 0.3
 
 
-@pytest.mark.xdist_group("strong order")
 @pytest.mark.parametrize("name", ["dpm_solver_pp_sde", "dpm_solver_2m_sde"])
 def test_a_walks_noise_is_the_paths(x64, name):
     """What the tests above hand out as draws is what `sample(noise=path)` draws."""
@@ -185,7 +181,6 @@ def test_a_walks_noise_is_the_paths(x64, name):
     np.testing.assert_allclose(got, runs()[0][name][20], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.xdist_group("strong order")
 def test_the_protocol_sees_noise_of_another_path(x64):
     """The last quarter of the draws handed to the wrong sample: no convergence."""
     table, ends = build("ddpm", 80), runs()[0]["ddpm"]
