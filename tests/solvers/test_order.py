@@ -19,7 +19,7 @@ from oracles import BROAD, WIDE, fitted_order, median_error
 import jaxdiff as jd
 
 # The largest tables take most of the time: on one grid only.
-STEPS = {"half_log_snr": (80, 160, 320, 640), "karras": (160, 320), "quadratic": (160, 320)}
+STEPS = {"half_log_snr": (80, 160, 320, 640), "karras": (160, 320), "quadratic": (200, 400)}
 SPANS = {"whole": (1.0, 1e-2), "inner": (0.6, 0.05)}
 MIXTURES = {2: BROAD, 16: WIDE}
 PROCESS = jd.processes.vp_linear()
