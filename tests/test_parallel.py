@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 import jaxdiff as jd
 from jaxdiff import parallel
 
-pytestmark = pytest.mark.xdist_group("devices")
-
 VP = jd.processes.vp_linear()
 GRID = jd.grids.half_log_snr(VP, 5)
 MEANS = np.array([[1.0, 0.2], [-0.9, 0.6], [0.1, -1.1]])
