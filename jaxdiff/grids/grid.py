@@ -243,6 +243,7 @@ def span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool,
 
 
 def check(process: Any, end: str) -> None:
+    """Raise ValueError for an unknown `end`, TypeError for anything but a process."""
     if end not in ("t_min", "zero"):
         raise ValueError(f"end must be 't_min' or 'zero', got {end!r}")
     if not isinstance(process, Process):

@@ -63,10 +63,9 @@ def exponential_adams(
 
     The corrected method converges at min(order + 1, corrector), with blend < 1 at min(order,
     corrector), where the start allows it. From alpha = 0 no start keeps an order: stages would stand
-    in an infinite step. Steps
-    from alpha = 0 and to sigma = 0 are of first order where z is infinite there, and that node is
-    left out of later polynomials; "eps" needs alpha > 0. Raises ValueError for options other than
-    these.
+    in an infinite step. Steps from alpha = 0 and to sigma = 0 are of first order where z is infinite
+    there, and that node is left out of later polynomials; "eps" needs alpha > 0. Raises ValueError
+    for options other than these, and for repeated times with "t".
     """
     check_order(order, HIGHEST_ORDER)
     check_choice("integrand", integrand, INTEGRANDS)

@@ -29,7 +29,7 @@ Level = tuple[Any, Any, Any]
 INTEGRANDS = ("x0", "eps", "flow", "v")
 VARIABLES = ("lambda", "t", "rho", "kappa", "tau", "angle")
 _OWN_CLOCK = {"x0": "kappa", "eps": "rho", "flow": "tau", "v": "angle"}
-_QUADRATURE = 24
+QUADRATURE = 24
 
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
@@ -145,7 +145,7 @@ def weights(
         return [end[1] * value for value in values]
     if variable == own and power == 1.0:
         # Polynomials of degree len(z) - 1 in the clock: Gauss quadrature in it is exact.
-        points, measure = _gauss(xp, start, stop, (len(z) + 1) // 2)
+        points, measure = gauss(xp, start, stop, (len(z) + 1) // 2)
         basis = _basis(xp, z, points)
     else:
         levels, measure = _levels_between(grid, level, end, own, variable == "t", not any(ends))
@@ -156,7 +156,7 @@ def weights(
 _legendre = functools.cache(np.polynomial.legendre.leggauss)
 
 
-def _gauss(xp: Any, start: Any, stop: Any, count: int) -> tuple[Any, Any]:
+def gauss(xp: Any, start: Any, stop: Any, count: int) -> tuple[Any, Any]:
     """Nodes and weights of Gauss-Legendre quadrature from `start` to `stop`."""
     points, measure = _legendre(count)
     half = 0.5 * (stop - start)
@@ -182,14 +182,14 @@ def _levels_between(
     xp = grid.xp
     if finite:
         first, last = (coordinate(xp, "lambda", place) for place in (level, end))
-        lam, measure = _gauss(xp, first, last, _QUADRATURE)
+        lam, measure = gauss(xp, first, last, QUADRATURE)
         rate = {"kappa": xp.exp(lam), "rho": -xp.exp(-lam)}
         tau = 1.0 / (1.0 + xp.exp(lam))
         rate |= {"tau": -tau * (1.0 - tau), "angle": -0.5 / xp.cosh(lam)}
     else:
         # In the angle both ends are finite; the clock's rate is finite too, or `weights` is done.
         first, last = (coordinate(xp, "angle", place) for place in (level, end))
-        angle, measure = _gauss(xp, first, last, _QUADRATURE)
+        angle, measure = gauss(xp, first, last, QUADRATURE)
         sine, cosine = xp.sin(angle), xp.cos(angle)
         rate = {"kappa": -1.0 / sine**2, "rho": 1.0 / cosine**2}
         rate |= {"tau": 1.0 / (sine + cosine) ** 2, "angle": xp.ones_like(angle)}

@@ -115,12 +115,19 @@ def _step(
     return Update([kept], [factor * weight for weight in found])
 
 
-def _published_third_order(h: Any, used: list[Any], sign: float) -> list[Any]:
+def differences(h: Any, used: list[Any]) -> tuple[list[Any], list[Any]]:
+    """First and second differences in units of h, as coefficients of (m_0, m_1, m_2).
+
+    `used` are the half-log-SNRs of the three evaluations, newest first.
+    """
     r0, r1 = (used[0] - used[1]) / h, (used[1] - used[2]) / h
-    # First and second differences as coefficients of (m_0, m_1, m_2).
     near, far = (1 / r0, -1 / r0, 0.0), (0.0, 1 / r1, -1 / r1)
     second = [(a - b) / (r0 + r1) for a, b in zip(near, far)]
-    first = [a + r0 * c for a, c in zip(near, second)]
+    return [a + r0 * c for a, c in zip(near, second)], second
+
+
+def _published_third_order(h: Any, used: list[Any], sign: float) -> list[Any]:
+    first, second = differences(h, used)
     value = (1.0, 0.0, 0.0)
     return [
         h * (phi(1, sign * h) * v + phi(2, sign * h) * f + phi(3, sign * h) * c)

@@ -25,6 +25,7 @@ from typing import Any
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.ancestral import check_noise_options
 from jaxdiff.solvers.clocks import check_choice, check_order
+from jaxdiff.solvers.dpm_solver import differences
 from jaxdiff.solvers.first_order import x0_clock
 from jaxdiff.solvers.phi import interpolation_weights, phi
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
@@ -150,11 +151,7 @@ def _integral(
 
 
 def _third_order_as_published(h: Any, offsets: list[Any], variant: str) -> list[Any]:
-    r0, r1 = -offsets[1] / h, (offsets[1] - offsets[2]) / h
-    # First and second differences as coefficients of (m_0, m_1, m_2).
-    near, far = (1 / r0, -1 / r0, 0.0), (0.0, 1 / r1, -1 / r1)
-    second = [(a - b) / (r0 + r1) for a, b in zip(near, far)]
-    first = [a + r0 * c for a, c in zip(near, second)]
+    first, second = differences(h, offsets)
     of_second = (0.5 if variant == "published" else -0.5) - phi(2, -h)
     values = (1.0, 0.0, 0.0)
     return [

@@ -8,12 +8,11 @@ import numpy as np
 
 from jaxdiff.grids import Grid
 from jaxdiff.predictions import PREDICTIONS, affine
-from jaxdiff.solvers.clocks import check_order
+from jaxdiff.solvers.clocks import QUADRATURE, check_order, gauss
 from jaxdiff.solvers.reverse_sde import is_zero, noise_levels
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 HIGHEST_ORDER = 4
-_QUADRATURE = 24
 
 
 def gddim(
@@ -81,7 +80,7 @@ def gddim(
                 noise = sigma1 * xp.sqrt(-xp.expm1(-2.0 * tau**2 * h))
             found = [along - a1 * sigma / a]
         else:
-            points, measure = _points(xp, lam, grid.lam[i + 1])
+            points, measure = gauss(xp, lam, grid.lam[i + 1], QUADRATURE)
             times, inner, sigmas = grid.at(points)
             inner = signals_at(times, inner)
             rhos = sigmas.reshape(-1, *[1] * (inner.ndim - 1)) / inner
@@ -100,13 +99,6 @@ def gddim(
         for j in (0, 1)
     )
     return dataclasses.replace(tableau, u=u, w=w, alpha=alpha)
-
-
-def _points(xp: Any, start: Any, stop: Any) -> tuple[Any, Any]:
-    """Nodes and weights of Gauss-Legendre quadrature from `start` to `stop`."""
-    points, measure = np.polynomial.legendre.leggauss(_QUADRATURE)
-    half = 0.5 * (stop - start)
-    return start + half * (1.0 + xp.asarray(points)), half * measure
 
 
 def _weights(

@@ -35,7 +35,7 @@ def analytic_first_step(
 
     Raises ValueError for other tableaux. The result has no Brownian clock.
     """
-    _check_start(tableau, "analytic_first_step", stacked_start=True)
+    _check_start(tableau, "analytic_first_step", any_number=True)
     if tableau.rows < 2:
         raise ValueError("analytic_first_step needs a tableau of at least 2 evaluations, got 1")
     if np.ndim(std) or (is_concrete(std) and not 0 < float(std) < np.inf):
@@ -114,7 +114,7 @@ def teleport(
     Raises ValueError for shapes that do not fit, a matrix that is no covariance, or a tableau with a
     start of its own.
     """
-    _check_start(tableau, "teleport", stacked_start=False)
+    _check_start(tableau, "teleport", any_number=False)
     mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if cov.shape != (mean.size, mean.size):
         raise ValueError(f"cov must have shape {(mean.size,) * 2} for this mean, got {cov.shape}")
@@ -156,13 +156,13 @@ def denoise_to_zero(tableau: Tableau, grid: Grid) -> Tableau:
     return concatenate([tableau, ddim(last)])
 
 
-def _check_start(tableau: Any, name: str, stacked_start: bool) -> None:
+def _check_start(tableau: Any, name: str, any_number: bool) -> None:
     if not isinstance(tableau, Tableau) or np.ndim(tableau.active) != 1:
         raise ValueError(f"{name} takes one tableau, not stacked")
     start = tableau.start
     number = not isinstance(start.S, lx.AbstractLinearOperator) and np.ndim(start.S) == 1
     trivial = number and is_concrete(start.S) and np.all(np.asarray(start.S) == 1)
-    plain = number if stacked_start else trivial
+    plain = number if any_number else trivial
     if not plain or start.C is not None or start.d is not None or np.ndim(tableau.A) != 3:
         raise ValueError(f"{name} takes a tableau whose start is plain: no noise, shift or operator")
 
