@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdiff import solvers
+from jaxdiff import grids, solvers
 from jaxdiff.arrays import is_concrete
 from jaxdiff.data.loader import Source
 from jaxdiff.denoisers import Denoiser, precondition
@@ -190,13 +190,18 @@ def make_tableau(
     process: Process, solver: str, steps: int, grid: str,
     options: Mapping[str, Any] | None = None, grid_options: Mapping[str, Any] | None = None,
 ) -> Tableau:  # fmt: skip
-    """A tableau by names. Raises ValueError for unknown ones, with the nearest."""
+    """A tableau by names, on the grid shifted by the grid option `shift`.
+
+    Raises ValueError for unknown names, with the nearest.
+    """
     solvers.find(solver)
     if grid not in GRIDS:
         raise ValueError(unknown("unknown grid", grid, GRIDS))
-    build = GRIDS[grid]
-    check_options(f"grid {grid!r}", build, grid_options or {}, skip=2)
-    return solvers.build(solver, build(process, steps, **(grid_options or {})), **(options or {}))
+    build, own = GRIDS[grid], dict(grid_options or {})
+    check_options(f"grid {grid!r}", build, own, skip=2, more=("shift",))
+    shift = own.pop("shift", 1.0)
+    nodes = grids.shifted(build(process, steps, **own), shift)
+    return solvers.build(solver, nodes, **(options or {}))
 
 
 def _call(choices: Mapping[str, Any], section: ConfigDict, **extra: Any) -> Any:

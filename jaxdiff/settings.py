@@ -77,6 +77,7 @@ class TrainSettings:
 class SampleSettings:
     """The default sampler of a run: solver and grid by name, each with its options.
 
+    Every grid has the option `shift` (1, none, by default) of `jaxdiff.grids.shifted`.
     `guidance` is the scale s of uncond + s (cond - uncond); 1 is conditional. `count` samples a
     class make the picture; at most `batch_size` are drawn at once.
     """
@@ -115,7 +116,7 @@ GRIDS = {
     f.__name__: f
     for f in (
         grids.half_log_snr, grids.uniform, grids.karras, grids.quadratic, grids.power,
-        grids.leading, grids.linspace, grids.trailing,
+        grids.logistic, grids.truncated_karras, grids.leading, grids.linspace, grids.trailing,
     )
 }  # fmt: skip
 

@@ -3,11 +3,10 @@
 import dataclasses
 
 import numpy as np
-from test_parity import grid as grid_of
-from test_parity import mixture
+from replay import grid as grid_of
+from replay import mixture
 
 import jaxdiff as jd
-from jaxdiff.denoisers import level
 from jaxdiff.solvers.ancestral import euler_ancestral, kdpm2_ancestral
 from jaxdiff.solvers.consistency import consistency, tcd
 from jaxdiff.solvers.dpm_solver_sde import (
@@ -226,14 +225,6 @@ def clips(case):
     return default if case["clip_sample"] is None else case["clip_sample"]
 
 
-def skip_scaled(params, x, place):
-    """LCM's x0: the network's with its boundary condition, c_out x0 + c_skip x."""
-    inner, scaling = params
-    scaled = scaling * place[0]
-    size = scaled**2 + 0.25
-    return scaled / size**0.5 * inner.predict("x0", x, *place) + 0.25 / size * x
-
-
 def denoiser(case):
     converts = case.levels != "edm" and case.scheduler != "lcm"
     found = mixture(case.prediction if converts else "x0")
@@ -244,6 +235,5 @@ def denoiser(case):
         limit = case["clip_sample_range"] or 1.0
         found = jd.clip_x0(found, -limit, limit)
     if case.scheduler == "lcm":
-        params = (found, case["timestep_scaling"] or 10.0)
-        return jd.Denoiser(skip_scaled, "x0", params, time=level)
+        return jd.latent_consistency_boundary(found, case["timestep_scaling"] or 10.0)
     return found

@@ -8,7 +8,7 @@ from tiny_run import tiny_config
 from jaxdiff import config as configuration
 from jaxdiff import evaluation, processes
 from jaxdiff.data import arrays
-from jaxdiff.experiment import Experiment, make_experiment, make_source, make_tableau
+from jaxdiff.experiment import Experiment, make_experiment, make_source, make_tableau, sampler
 from jaxdiff.generation import generate
 from jaxdiff.noise import sample_keys
 from jaxdiff.settings import GRIDS, SECTIONS
@@ -107,6 +107,36 @@ def test_a_tableau_by_names_is_the_builders():
     expected = solvers.unipc(grids.uniform(process, 6, t_min=0.01), order=3)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert set(GRIDS) >= {"half_log_snr", "uniform", "karras", "trailing"}
+
+
+def test_truncated_and_shifted_grids_are_chosen_by_the_configuration():
+    from jaxdiff import grids, solvers
+
+    options = {"nodes": 8, "rho": 5.0, "stop": 6, "shift": 2.0}
+    config = image_config(
+        process={"name": "edm"}, model={"name": "mlp", "width": 8, "depth": 1},
+        sample={"solver": "ddim", "steps": 5, "grid": "truncated_karras", "grid_options": options},
+    )  # fmt: skip
+    experiment = make_experiment(config, (3,), 10)
+    found = make_tableau(experiment.process, **sampler(config))
+    plain = grids.truncated_karras(processes.edm(), 5, nodes=8, rho=5.0, stop=6)
+    expected = solvers.ddim(grids.shifted(plain, 2.0))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "error", "message"),
+    [
+        ("uniform", {"shift": "abc"}, TypeError, "shift must be a number, got 'abc'"),
+        ("uniform", {"shift": True}, TypeError, "shift must be a number, got True"),
+        ("uniform", {"shift": -1}, ValueError, "a finite shift > 0, got -1"),
+        ("karras", {"shfit": 2.0}, ValueError, "no option 'shfit'; did you mean shift"),
+        ("truncated_karras", {"stop": 2.0}, ValueError, "whole numbers, got stop=2.0, nodes=12"),
+    ],
+)
+def test_bad_grid_options_are_named(grid, options, error, message):
+    with pytest.raises(error, match=message):
+        make_tableau(processes.edm(), "ddim", 4, grid, {}, options)
 
 
 def test_preconditioning_is_refused_where_its_time_is_infinite():

@@ -102,7 +102,7 @@ def test_insert(source, backward):
     np.testing.assert_allclose(new.lam[2], lam, rtol=1e-13)
     sign = -1 if backward else 1
     assert np.all(sign * np.diff(new.lam) > 0)
-    if new._process is not None:
+    if new.process is not None:
         np.testing.assert_allclose(new.sigma, VP.sigma(new.t), rtol=1e-14)
         np.testing.assert_array_equal(new.rates(), VP.rates(new.t))
 

@@ -99,8 +99,31 @@ def test_karras_for_any_process(process, rho):
     assert (grid.t[0], grid.t[-1]) == (process.t_max, process.t_min)
 
 
+@every_process
+@pytest.mark.parametrize("exponent, center", [(0.75, 1.0), (1.0, 0.5), (0.3, 2.0)])
+def test_logistic(process, exponent, center):
+    """sigma^k / (sigma^k + (center alpha)^k) is uniform."""
+    grid = grids.logistic(process, 9, exponent, center)
+    noise, data = grid.sigma**exponent, (center * grid.alpha) ** exponent
+    u = noise / (noise + data)
+    np.testing.assert_allclose(u, np.linspace(u[0], u[-1], 10), rtol=1e-10, atol=1e-13)
+    check_nodes(grid, process, grid.t)
+    assert (grid.t[0], grid.t[-1]) == (process.t_max, process.t_min)
+
+
+def test_logistic_is_the_shifted_flow_and_half_log_snr():
+    """exponent 1 is uniform flow time shifted by center, exponent -> 0 uniform lambda."""
+    flow = grids.logistic(FLOW, 8, 1.0, 4.0)
+    assert flow.ends == (True, True)
+    shifted = grids.shifted(grids.uniform(FLOW, 8), 4.0)
+    np.testing.assert_allclose(flow.sigma, shifted.sigma, rtol=1e-12, atol=0)
+    small, lam = grids.logistic(EDM, 8, 1e-5, 3.0).lam, grids.half_log_snr(EDM, 8).lam
+    np.testing.assert_allclose(small, lam, rtol=0, atol=1e-4)
+
+
 def test_a_part_of_the_span():
-    for spacing in (grids.uniform, grids.quadratic, grids.half_log_snr, grids.karras):
+    spacings = grids.uniform, grids.quadratic, grids.half_log_snr, grids.karras, grids.logistic
+    for spacing in spacings:
         grid = spacing(VP, 6, t_max=0.7, t_min=0.05)
         assert (grid.t[0], grid.t[-1]) == (0.7, 0.05) and len(grid) == 7
     # Within a span that has both ends, a part has none.
@@ -133,6 +156,13 @@ def test_discrete_spacings_are_diffusers(name, total):
         if steps > 1:
             ended = spacing(process, steps, end="t_min")
             check_nodes(ended, process, t if t[-1] == 0 else [*t, 0])
+
+
+def test_linspace_of_the_multistep_schedulers():
+    """diffusers' DPMSolverMultistepScheduler: steps + 1 timesteps, the last left out."""
+    for steps in (1, 2, 3, 10, 27):
+        t = np.linspace(0, 999, steps + 1).round()[::-1][:-1]
+        check_zero_end(grids.linspace(DDPM, steps, keep_zero=False), DDPM, t)
 
 
 def test_published_timesteps():
@@ -227,6 +257,7 @@ def test_steps_must_be_a_positive_integer(steps):
         (lambda: grids.uniform(FLOW, 3, end="zero"), ValueError, "only the last sigma = 0"),
         (lambda: grids.power(VP, 3, exponent=0), ValueError, "exponent must be positive, got 0"),
         (lambda: grids.karras(VP, 3, rho=-7), ValueError, "rho must be positive, got -7"),
+        (lambda: grids.logistic(VP, 3, 0.0), ValueError, "must be positive, got 0.0 and 1.0"),
         (lambda: grids.karras(FLOW, 3), ValueError, "infinite at an end of .t_min=0.0, t_max=1.0"),
         (lambda: grids.half_log_snr(FLOW, 3, t_min=0.1), ValueError, "give t_max with alpha > 0"),
         (lambda: grids.leading(VP, 3), TypeError, "need a discrete process .* got VPLinear"),

@@ -1,25 +1,19 @@
 """Every golden trajectory of diffusers, replayed by `jaxdiff.sample` in float64.
 
-`golden/README.md` describes the files. A case matches if every recorded state (the network's input
-in each call, and the result) is met to 1e-8 of that state's largest entry. The table `DEVIATIONS`
-names the cases where diffusers computes something else, and from which state on: there, and only
-there, the trajectories must part. The builders' docstrings say the same in a sentence.
+`golden/README.md` describes the files, `replay.py` when a case matches. The table `DEVIATIONS`
+names the cases where diffusers computes something else, and from which state on. The builders'
+docstrings say the same in a sentence.
 """
 
-import collections
-import dataclasses
-import functools
-
-import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import cases
+from replay import Replay, grid, mixture, recorded_noise, start, to_vp
 
 import jaxdiff as jd
 
-TOLERANCE = 1e-8
 # Scheduler -> (cases matched, cases in DEVIATIONS).
 COUNTS = {
     "ddim": (44, 2),
@@ -36,30 +30,6 @@ COUNTS = {
 
 
 # --- a case in our terms --------------------------------------------------------------------------
-
-
-def to_vp(case):
-    """The scale of each recorded state in our coordinates.
-
-    diffusers' v is that of the variance-preserving state, also where its states have alpha = 1.
-    """
-    if case.levels != "unit_alpha" or case.prediction != "v":
-        return np.ones(len(case.states))
-    levels = np.concatenate([case.calls[:, 1:], case.targets[-1:]])
-    return 1.0 / np.hypot(*levels.T)
-
-
-def grid(case):
-    t, alpha, sigma = case.nodes.T.copy()
-    if case.facts["repeated_node"]:
-        if case["eta"]:  # noise of variance 0: the identity
-            t, alpha, sigma = t[:-1], alpha[:-1], sigma[:-1]
-        else:
-            sigma[-1] *= 1.0 - 1e-11
-    if case.levels == "unit_alpha" and case.prediction == "v":
-        size = np.hypot(alpha, sigma)
-        alpha, sigma = alpha / size, sigma / size
-    return jd.grids.from_arrays(t, alpha, sigma)
 
 
 def ddim(case):
@@ -140,11 +110,6 @@ def keeps_eps(case):
     """DDIM's default: x0 is clipped, the eps beside it is not."""
     clipped = threshold(case) and not case["use_clipped_model_output"]
     return bool(clipped) and case.scheduler == "ddim"
-
-
-@functools.cache
-def mixture(prediction):
-    return jd.gaussian_mixture(**golden_cases.mixture(), prediction=prediction)
 
 
 def raw_edm(params, x, c_noise):
@@ -231,89 +196,33 @@ DEVIATIONS = {
 }  # fmt: skip
 
 
-def deviation(case):
-    """The state from which a case must differ, or None if it must match."""
-    found = [first(case) for which, first, _ in DEVIATIONS.values() if which(case)]
-    assert len(found) <= 1, str(case)
-    return found[0] if found else None
-
-
 # --- the replay -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def replayed():
-    """{case: our states, or the message of the error}: one program a denoiser, with and without
-    noise."""
-    groups, out = collections.defaultdict(list), {}
-    with jax.enable_x64(True):
-        for case in cases():
-            tableau, model = TABLEAUX[case.scheduler](case), denoiser(case)
-            groups[jax.tree.structure(model), tableau.draws > 0].append((case, tableau, model))
-        for (_, noisy), members in groups.items():
-            # Tables of one shape share a program.
-            padded = jd.solvers.stack([tableau for _, tableau, _ in members])
-            draws = max(tableau.draws for _, tableau, _ in members)
-            for i, (case, tableau, model) in enumerate(members):
-                # A stack is as blind as its blindest table; alone, each is its own.
-                table = jax.tree.map(lambda a, i=i: a[i], padded)
-                table = dataclasses.replace(table, blind=tableau.blind)
-                noise = None
-                if noisy:  # of one shape too: count the draws from a later one
-                    unused = draws - tableau.draws
-                    noise = np.pad(case.noise[: tableau.draws], ((unused, 0), (0, 0), (0, 0)))
-                    table = dataclasses.replace(table, draw=table.draw + unused)
-                x = to_vp(case)[0] * case.states[0]
-                try:
-                    states = jd.sample(model, table, x, noise=noise, save="trajectory")
-                except ValueError as error:
-                    out[case] = str(error)
-                else:
-                    out[case] = np.asarray(states)[: tableau.rows + 1]
-    return out
-
-
-def errors(case):
-    """Of every recorded state, relative to its largest entry; NaN where the record is not finite."""
-    ours, expected = replayed()[case], to_vp(case)[:, None, None] * case.states
-    if len(ours) < len(expected):  # a dropped node: the identity
-        ours = np.concatenate([ours, ours[-1:]])
-    assert ours.shape == expected.shape and np.all(np.isfinite(ours)), str(case)
-    with np.errstate(invalid="ignore"):
-        return np.abs(ours - expected).max((1, 2)) / np.abs(expected).max((1, 2))
+REPLAY = Replay(
+    cases, lambda case: TABLEAUX[case.scheduler](case), denoiser, recorded_noise, start, to_vp,
+    DEVIATIONS,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("scheduler", COUNTS)
 def test_every_trajectory_is_met_or_its_deviation_is_named(scheduler):
     members = [case for case in cases() if case.scheduler == scheduler]
-    first_wrong, expected = {}, {str(case): deviation(case) for case in members}
-    for case in members:
-        refused = isinstance(replayed()[case], str)
-        bad = [1] if refused else np.flatnonzero(~(errors(case) <= TOLERANCE)).tolist()
-        first_wrong[str(case)] = bad[0] if bad else None
-    assert first_wrong == expected
-    deviating = sum(first is not None for first in expected.values())
-    assert (len(members) - deviating, deviating) == COUNTS[scheduler]
+    REPLAY.assert_met_or_named(members, COUNTS[scheduler])
 
 
 @pytest.mark.parametrize("reason", DEVIATIONS)
 def test_a_deviation_is_one(reason):
     """NaN where it says so, else far above rounding even from the nearest of our variants; only an
     eps network at alpha = 0 is refused."""
-    which, first, is_nan = DEVIATIONS[reason]
-    found = [case for case in cases() if which(case)]
-    assert found
-    for case in found:
+    _, first, is_nan = DEVIATIONS[reason]
+    refusal = "'eps' network does not determine" if "we refuse it" in reason else None
+    for case in REPLAY.assert_deviates(reason, refusal):
         assert case.facts["nan_from"] == (first(case) if is_nan else None)
-        ours = replayed()[case]
-        if "we refuse it" in reason:
-            assert "'eps' network does not determine" in ours
-        else:
-            assert is_nan or errors(case)[first(case)] > 1e-4
 
 
 def test_no_case_is_left_out():
-    assert len(replayed()) == len(cases()) == 262
+    assert len(REPLAY.states) == len(cases()) == 262
     assert [sum(column) for column in zip(*COUNTS.values())] == [249, 13]
 
 

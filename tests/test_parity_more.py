@@ -1,22 +1,10 @@
-"""The golden trajectories of diffusers' other schedulers, replayed as test_parity.py does.
+"""The golden trajectories of diffusers' other schedulers, replayed as test_parity.py does."""
 
-A case matches if every recorded state is met to 1e-8 of that state's largest entry; `DEVIATIONS`
-names the others and from which state on they must part.
-"""
-
-import collections
-import functools
-
-import jax
-import numpy as np
 import pytest
 from diffusers_tableaux import TABLEAUX, clips, denoiser, highest_degree, integrand, noise, order
 from golden_cases import more_cases
-from test_parity import to_vp
+from replay import Replay, start, to_vp
 
-import jaxdiff as jd
-
-TOLERANCE = 1e-8
 # Scheduler -> (cases matched, cases in DEVIATIONS).
 COUNTS = {
     "dpm_solver_singlestep": (44, 6),
@@ -96,84 +84,35 @@ DEVIATIONS = {
 }  # fmt: skip
 
 
-def deviation(case):
-    """The state from which a case must differ, or None if it must match."""
-    found = [first(case) for which, first, _ in DEVIATIONS.values() if which(case)]
-    assert len(found) <= 1, str(case)
-    return found[0] if found else None
-
-
 # --- the replay -----------------------------------------------------------------------------------
 
-
-@jax.jit
-def trajectories(model, tables, x, z):
-    def one(model, table, x, z):
-        return jd.sample(model, table, x, noise=z, save="trajectory")
-
-    return jax.vmap(one)(model, tables, x, z)
-
-
-@functools.cache
-def replayed():
-    """{case: our states, or the message of the error}, one vmapped program a kind of denoiser."""
-    groups, out = collections.defaultdict(list), {}
-    with jax.enable_x64(True):
-        for case in more_cases():
-            try:
-                tableau, model = TABLEAUX[case.scheduler](case), denoiser(case)
-            except ValueError as error:
-                out[case] = str(error)
-            else:
-                groups[jax.tree.structure(model)].append((case, tableau, model))
-        for members in groups.values():
-            found, tables, models = zip(*members)
-            draws = max(1, *(table.draws for table in tables))
-            z = np.stack([noise(case, draws) for case in found])
-            x = np.stack([to_vp(case)[0] * case.states[0] for case in found])
-            model = jax.tree.map(lambda *leaves: np.stack(leaves), *models)
-            states = trajectories(model, jd.solvers.stack(tables), x, z)
-            for case, table, path in zip(found, tables, np.asarray(states)):
-                out[case] = path[: table.rows + 1]
-    return out
-
-
-def errors(case):
-    """Of every recorded state, relative to its largest entry; NaN where the record is NaN."""
-    ours, expected = replayed()[case], to_vp(case)[:, None, None] * case.states
-    assert ours.shape == expected.shape and np.all(np.isfinite(ours)), str(case)
-    with np.errstate(invalid="ignore"):
-        return np.abs(ours - expected).max((1, 2)) / np.abs(expected).max((1, 2))
+REPLAY = Replay(
+    more_cases,
+    lambda case: TABLEAUX[case.scheduler](case),
+    denoiser,
+    noise,
+    start,
+    to_vp,
+    DEVIATIONS,
+)
 
 
 @pytest.mark.parametrize("scheduler", COUNTS)
 def test_every_trajectory_is_met_or_its_deviation_is_named(scheduler):
     members = [case for case in more_cases() if case.scheduler == scheduler]
-    first_wrong, expected = {}, {str(case): deviation(case) for case in members}
-    for case in members:
-        refused = isinstance(replayed()[case], str)
-        bad = [1] if refused else np.flatnonzero(~(errors(case) <= TOLERANCE)).tolist()
-        first_wrong[str(case)] = bad[0] if bad else None
-    assert first_wrong == expected
-    deviating = sum(first is not None for first in expected.values())
-    assert (len(members) - deviating, deviating) == COUNTS[scheduler]
+    REPLAY.assert_met_or_named(members, COUNTS[scheduler])
 
 
 @pytest.mark.parametrize("reason", DEVIATIONS)
 def test_a_deviation_is_one(reason):
     """NaN where it says so, else far above rounding even from the nearest of our variants; only a
     start at alpha = 0 is refused."""
-    which, first, is_nan = DEVIATIONS[reason]
-    found = [case for case in more_cases() if which(case)]
-    assert found
-    for case in found:
+    _, first, is_nan = DEVIATIONS[reason]
+    refusal = "alpha = 0" if "we refuse it" in reason else None
+    for case in REPLAY.assert_deviates(reason, refusal):
         assert case.facts["nan_from"] == (first(case) if is_nan else None)
-        if "we refuse it" in reason:
-            assert "alpha = 0" in replayed()[case]
-        else:
-            assert is_nan or errors(case)[first(case)] > 1e-4
 
 
 def test_no_case_is_left_out():
-    assert len(replayed()) == len(more_cases()) == 388
+    assert len(REPLAY.states) == len(more_cases()) == 388
     assert [sum(column) for column in zip(*COUNTS.values())] == [351, 37]

@@ -46,6 +46,11 @@ def test_shifted_is_the_rectified_flow_shift_between_fixed_ends(shift):
     np.testing.assert_allclose(moved.alpha**2 + moved.sigma**2, 1.0)
 
 
+def test_a_shift_of_one_leaves_timesteps_whole():
+    grid = jd.grids.trailing(STABLE_DIFFUSION, 10)
+    assert jd.grids.shifted(grid, 1.0) is grid
+
+
 def test_a_traced_shift_is_differentiated(x64):
     grid = jd.grids.half_log_snr(jd.processes.vp_linear(), 4)
     lam = lambda shift: jd.grids.shifted(grid, shift).lam  # noqa: E731

@@ -5,6 +5,7 @@ from jaxdiff.grids.grid import from_arrays as from_arrays
 from jaxdiff.grids.grid import from_times as from_times
 from jaxdiff.grids.spacings import half_log_snr as half_log_snr
 from jaxdiff.grids.spacings import karras as karras
+from jaxdiff.grids.spacings import logistic as logistic
 from jaxdiff.grids.spacings import power as power
 from jaxdiff.grids.spacings import quadratic as quadratic
 from jaxdiff.grids.spacings import shifted as shifted

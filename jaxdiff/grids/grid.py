@@ -27,6 +27,7 @@ class Grid:
 
     Attributes:
       t, alpha, sigma: arrays [n + 1].
+      process: whose levels the nodes are; None for a grid from arrays.
       ends: static; (alpha is 0 at the noise end, sigma is 0 at the data end).
       backward: static; True if the nodes run from data to noise (`reversed`).
     """
@@ -34,7 +35,7 @@ class Grid:
     t: Any
     alpha: Any
     sigma: Any
-    _process: Process | None = None
+    process: Process | None = None
     ends: tuple[bool, bool] = dataclasses.field(default=(False, False), metadata={"static": True})
     backward: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -81,20 +82,20 @@ class Grid:
         are traced, log(alpha^2 + sigma^2) is interpolated too). Raises ValueError for a `lam`
         outside a grid from arrays, or one that a discrete process does not reach.
         """
-        if self._process is not None:
-            check_half_log_snr(self._process, lam)
-            t = self._process.time(lam)
-            return t, self._process.alpha(t), self._process.sigma(t)
+        if self.process is not None:
+            check_half_log_snr(self.process, lam)
+            t = self.process.time(lam)
+            return t, self.process.alpha(t), self.process.sigma(t)
         return _interpolate(self, lam)
 
     def rates(self) -> tuple[Any, Any]:
         """(f, g^2) of the forward SDE at the nodes. Raises ValueError for a grid from arrays."""
-        if self._process is None:
+        if self.process is None:
             raise ValueError(
                 "a grid from arrays has no process, so no drift and diffusion: build it from a "
                 "process (jaxdiff.grids.from_times(process, t))"
             )
-        return self._process.rates(self.t)
+        return self.process.rates(self.t)
 
     def insert(self, lam: ArrayLike) -> Grid:
         """The grid with one more node at half-log-SNR `lam`, strictly between two nodes.
@@ -109,7 +110,7 @@ class Grid:
         where = xp.searchsorted(-self.lam if self.backward else self.lam,
                                 -lam if self.backward else lam)  # fmt: skip
         new = [xp.insert(a, where, b) for a, b in zip(self.node(slice(None)), self.at(lam))]
-        return make(*new, self._process, self.ends, self.backward)
+        return make(*new, self.process, self.ends, self.backward)
 
     def reversed(self) -> Grid:
         """The same nodes from data to noise: an encoder's grid."""

@@ -50,14 +50,16 @@ def leading(process: Process, steps: int, offset: int = 0, end: str = "zero") ->
     return _discrete(process, t * 1.0, end)
 
 
-def linspace(process: Process, steps: int, end: str = "zero") -> Grid:
+def linspace(process: Process, steps: int, end: str = "zero", keep_zero: bool = True) -> Grid:
     """`steps` timesteps rounded from num_steps - 1 to 0, then the end as in `leading`.
 
-    One step starts at num_steps - 1. Raises as `leading` does.
+    `keep_zero=False` rounds steps + 1 of them and leaves out timestep 0, as diffusers' multistep
+    schedulers do, whose last step to sigma = 0 is then longer. One step starts at num_steps - 1.
+    Raises as `leading` does.
     """
     total = _num_timesteps(process, steps, end)
-    t = np.round(np.linspace(0.0, total - 1.0, steps))[::-1] if steps > 1 else [total - 1.0]
-    return _discrete(process, np.asarray(t), end)
+    number = max(steps + (not keep_zero), 2)
+    return _discrete(process, np.round(np.linspace(0.0, total - 1.0, number))[::-1][:steps], end)
 
 
 def trailing(process: Process, steps: int, end: str = "zero") -> Grid:

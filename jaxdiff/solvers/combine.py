@@ -144,7 +144,8 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
 
     The first state of a piece is its start applied to the last s_0 of the piece before. Where both
     the last row and the start add noise the two independent normals are drawn as one of the summed
-    variance, and the result has no Brownian clock. Raises ValueError where a start is an operator.
+    variance, and the result has no Brownian clock. Coefficients with a sample's axes broadcast.
+    Raises ValueError where a start is an operator, or these axes do not fit.
     """
     tableaux = _common(tableaux, "concatenate")
     xp = namespace(tableaux)
@@ -152,20 +153,14 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
     for piece in tableaux[1:]:
         scale = piece.start.S
 
-        def enter(a, scale=scale):
-            """Replace the last row's outcome for s_0 by scale_i times it, for every register i."""
-            shaped = scale.reshape(scale.shape + (1,) * (a.ndim - 2))
-            return xp.concatenate([a[:-1], (shaped * a[-1][:1])[None]])
-
-        a, b = enter(out.A), enter(out.B)
-        c = out.C if out.C is None else enter(out.C)
+        a, b = _enter(xp, out.A, scale, 3), _enter(xp, out.B, scale, 4)
+        none = xp.zeros((out.rows, out.registers))
+        c = out.C if out.C is None else _enter(xp, out.C, scale, 2)
         if piece.start.C is not None:
-            c = xp.zeros((out.rows, out.registers)) if c is None else c
-            c = xp.concatenate([c[:-1], xp.hypot(c[-1], piece.start.C)[None]])
-        d = out.d if out.d is None else enter(out.d)
+            c = _with_start(xp, none if c is None else c, piece.start.C, xp.hypot)
+        d = out.d if out.d is None else _enter(xp, out.d, scale, 2)
         if piece.start.d is not None:
-            d = xp.zeros((out.rows, out.registers)) if d is None else d
-            d = xp.concatenate([d[:-1], (d[-1] + piece.start.d)[None]])
+            d = _with_start(xp, none if d is None else d, piece.start.d, xp.add)
         clocked = piece.start.C is None and out.clock is not None and piece.clock is not None
         # Nodes after the entry: the piece's first node is the state it starts from.
         shift = np.asarray([out.rows, 0], np.int32)
@@ -177,12 +172,11 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
         if c is not None and c_next is None:
             c_next = xp.zeros((piece.rows, piece.registers))
         elif c is None and c_next is not None:
-            c = xp.zeros((out.rows, out.registers))
+            c = none
         if d is not None or piece.d is not None:
-            d = xp.zeros((out.rows, out.registers)) if d is None else d
-            d = xp.concatenate([
-                d, xp.zeros((piece.rows, piece.registers)) if piece.d is None else piece.d
-            ])  # fmt: skip
+            d = none if d is None else d
+            d_next = xp.zeros((piece.rows, piece.registers)) if piece.d is None else piece.d
+            d = _join_rows(xp, [d, d_next], 2)
         # Draws are renumbered so that the pieces share none but the one merged above.
         merged = piece.start.C is not None
         last_noisy = out.C is not None and is_concrete(out.C) and bool(np.any(out.C[-1] != 0))
@@ -198,11 +192,47 @@ def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
             kept = np.flatnonzero((np.asarray(scale) == 1) & (np.asarray(piece.start.C) == 0))
             joint[-1, 1] = kept[0] if kept.size else 0
         out = dataclasses.replace(
-            out, A=xp.concatenate([a, piece.A]), B=xp.concatenate([b, piece.B]),
-            C=None if c is None else xp.concatenate([c, c_next]), d=d,
+            out, A=_join_rows(xp, [a, piece.A], 3), B=_join_rows(xp, [b, piece.B], 4),
+            C=None if c is None else _join_rows(xp, [c, c_next], 2), d=d,
             draw=draw.astype(np.int32),
             clock=xp.concatenate([out.clock, piece.clock]) if clocked else None,
             brownian=out.brownian if clocked else None,
             nodes=np.concatenate([joint, piece.nodes[1:] + shift]), **joined,
         )  # fmt: skip
     return out
+
+
+def _enter(xp: Any, a: Any, scale: Any, lead: int) -> Any:
+    """Replace the last row's outcome for s_0 by scale_i times it, for every register i."""
+    last, shaped = _align(xp, [a[-1][:1], scale], [lead - 1, 1])
+    shaped = shaped.reshape(shaped.shape[:1] + (1,) * (lead - 2) + shaped.shape[1:])
+    return _join_rows(xp, [a[:-1], (shaped * last)[None]], lead)
+
+
+def _with_start(xp: Any, a: Any, start: Any, rule: Any) -> Any:
+    """The last row's noise or shift and the next piece's start as one."""
+    last = rule(*_align(xp, [a[-1], start], [1, 1]))
+    return _join_rows(xp, [a[:-1], last[None]], 2)
+
+
+def _align(xp: Any, arrays: Sequence[Any], leads: Sequence[int]) -> list[Any]:
+    """Arrays whose axes after the first `lead`, a sample's, are broadcast to one shape."""
+    width = max(a.ndim - lead for a, lead in zip(arrays, leads))
+    arrays = [
+        a.reshape(a.shape[:lead] + (1,) * (width - a.ndim + lead) + a.shape[lead:])
+        for a, lead in zip(arrays, leads)
+    ]
+    shapes = [a.shape[lead:] for a, lead in zip(arrays, leads)]
+    try:
+        sample = np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ValueError(
+            "concatenate takes tableaux for one shape of sample, got coefficients for "
+            f"{' and '.join(map(str, shapes))}"
+        ) from None
+    return [xp.broadcast_to(a, a.shape[:lead] + sample) for a, lead in zip(arrays, leads)]
+
+
+def _join_rows(xp: Any, arrays: Sequence[Any], lead: int) -> Any:
+    """Concatenated rows of coefficients with `lead` axes, a sample's axes after them."""
+    return xp.concatenate(_align(xp, arrays, [lead] * len(arrays)))

@@ -23,7 +23,9 @@ def consistency(grid: Grid) -> Tableau:
     Song, Dhariwal, Chen & Sutskever, "Consistency Models" (2023), algorithm 1; the sampler of
     latent consistency models (Luo et al. 2023) and diffusers' LCMScheduler. `ddim` with eta = 1 and
     noise_scale="full" by another name. The boundary condition x0 = c_skip x + c_out F belongs to
-    the network, not to the sampler. One evaluation a step, no order; every grid end is supported.
+    the network, not to the sampler: `jaxdiff.consistency_boundary`, and for latent consistency
+    models `jaxdiff.latent_consistency_boundary`. One evaluation a step, no order; every grid end is
+    supported.
     """
     return ddim(grid, 1.0, noise_scale="full")
 
@@ -73,7 +75,7 @@ def tcd(grid: Grid, gamma: float = 0.3, variable: str = "t") -> Tableau:
 
 def _earlier(grid: Grid, gamma: float, t: Any) -> Any:
     """sigma / alpha at the time (1 - gamma) t; None if that is t itself."""
-    process = grid._process
+    process = grid.process
     if process is None:
         raise ValueError(
             "variable='t' needs the grid's process, which one from arrays does not have: take "

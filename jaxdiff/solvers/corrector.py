@@ -52,7 +52,9 @@ def corrected(
         corrected with those; False for a predictor whose order is high from the first step on.
 
     Nodes where z is infinite are left out, and a step from one is not corrected. Raises ValueError
-    for a stochastic tableau, one on another grid, or one of another integrand.
+    for a stochastic tableau, one on another grid, or one of another integrand. Of a traced tableau
+    (an argument of jax.jit) grid and integrand are not seen, and only one with a single register
+    and one evaluation a step is taken: which rows stand at nodes must be known.
     """
     check_choice("integrand", integrand, INTEGRANDS)
     check_choice("variable", variable, VARIABLES)
@@ -84,9 +86,11 @@ def correct(
     Places and weights are newest first. `skip_pure_noise` leaves out the evaluation at a node with
     alpha = 0.
     """
-    rows_at = _rows_at_nodes(tableau, grid, integrand)
+    *rows_at, end_row = _rows_at_nodes(tableau, grid, integrand)
     xp = namespace(tableau, grid.t, grid.alpha, grid.sigma)
     levels = [(tableau.t[r], tableau.alpha[r], tableau.sigma[r]) for r in range(tableau.rows)]
+    for i, row in enumerate(rows_at):  # the same, but known where only the tableau is traced
+        levels[row] = grid.node(i)
     registers = tableau.registers
     plan: dict[int, tuple[Any, Sequence[Any]]] = {}
     for i in range(1, grid.steps):
@@ -131,8 +135,8 @@ def correct(
         a.append([*own_a, state])
         b.append([*own_b, kept])
     pack = lambda rows: xp.stack([xp.stack([xp.stack(u) for u in row]) for row in rows])  # noqa: E731
-    nodes = np.array(tableau.nodes)
-    nodes[1:-1] = [(r + 1, registers) for r in rows_at[1:]]
+    kept_at = [(r + 1, registers) for r in rows_at[1:]]
+    nodes = np.array([(rows_at[0], 0), *kept_at, (end_row, 0)], np.int32)
     return dataclasses.replace(
         tableau, A=pack(a), B=pack(b)[..., None], nodes=nodes,
         start=dataclasses.replace(
@@ -154,20 +158,29 @@ def _check_distinct(tableau: Tableau, rows: Sequence[int]) -> None:
 
 
 def _rows_at_nodes(tableau: Tableau, grid: Grid, integrand: str) -> list[int]:
-    """The row that evaluates at each node but the last; raises unless the tableau is of that kind."""
+    """The rows executed at each node: the next one evaluates there. Raises for other tableaux."""
     if tableau.stochastic or tableau.d is not None or tableau.outputs != 1:
         raise ValueError("a corrector takes a deterministic tableau of one output")
     if np.ndim(tableau.A) != 3:
         raise ValueError("a corrector takes a tableau whose coefficients are numbers")
-    nodes = np.asarray(tableau.nodes)
+    if is_concrete(tableau.nodes):
+        nodes = np.asarray(tableau.nodes)
+    elif tableau.registers == 1 and tableau.rows == grid.steps:
+        nodes = np.array([(i, 0) for i in range(tableau.nodes.shape[0])])  # no others are possible
+    else:
+        raise ValueError(
+            "a corrector must know which rows stand at the grid's nodes, and of a traced tableau of "
+            f"{tableau.registers} registers and {tableau.rows} rows for {grid.steps} steps it does "
+            "not: correct it outside of jax.jit, or build it inside from the traced grid"
+        )
     if nodes.shape[0] != len(grid) or np.any(nodes[:, 1] != 0):
         raise ValueError(
             f"a corrector takes a tableau with the solution of each of the grid's {len(grid)} nodes "
             f"in s_0, got nodes {nodes.tolist()}"
         )
-    rows = nodes[:-1, 0].tolist()
+    rows = nodes[:, 0].tolist()
     if is_concrete(tableau, grid.t, grid.alpha, grid.sigma):
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows[:-1]):
             if not np.isclose(tableau.alpha[row] * grid.sigma[i], tableau.sigma[row] * grid.alpha[i]):
                 raise ValueError(f"row {row} of the tableau does not evaluate at node {i} of the grid")
         column = PREDICTIONS.index("v")

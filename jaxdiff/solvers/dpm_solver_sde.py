@@ -5,7 +5,8 @@ In y = x / alpha, rho = sigma / alpha and lambda = -log(rho), for every process,
     dy = (1 + eta) (x0 - y) dlambda + sqrt(2 eta) rho dW = -(1 + eta) rho eps dlambda + ...
 
 have the process's marginals; eta = 0 is the probability flow, eta = 1 the reverse SDE (in terms of
-DDIM's eta this one is its square, in the limit of small steps). From node i to i + 1, with h =
+DDIM's eta this one is its square, in the limit of small steps): `jaxdiff.solvers.reverse_sde` with
+tau^2 = eta. From node i to i + 1, with h =
 lambda' - lambda and G = 1 + eta, the linear part and the noise are exact in two ways:
 
     x' = (sigma' / sigma) exp(-eta h) x + alpha' G int_0^h exp(-G (h - s)) x0(lambda + s) ds
@@ -20,14 +21,16 @@ clock of `jaxdiff.BrownianPath`: "x0", exp(2 lambda), in the first form (the int
 is 1 whatever the polynomial's degree: more would need the path's time integrals.
 """
 
+import math
 from typing import Any
 
 from jaxdiff.grids import Grid
 from jaxdiff.solvers.ancestral import check_noise_options
-from jaxdiff.solvers.clocks import check_choice, check_order
+from jaxdiff.solvers.clocks import Level, check_choice, check_order, coordinate
 from jaxdiff.solvers.dpm_solver import differences
 from jaxdiff.solvers.first_order import x0_clock
-from jaxdiff.solvers.phi import interpolation_weights, phi
+from jaxdiff.solvers.phi import phi
+from jaxdiff.solvers.reverse_sde import at_end, noise_levels, path_form, step, step_clock
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 SOLVER_TYPES = ("midpoint", "heun")
@@ -95,59 +98,45 @@ def _multistep(
     check_choice("solver_type", solver_type, SOLVER_TYPES)
     check_noise_options(grid, name, eta, s_noise)
     check_ends(grid, name, noise=data, data=True)
-    steps, lam, xp = grid.steps, grid.lam, grid.xp
+    xp, steps, taus = grid.xp, grid.steps, noise_levels(grid, math.sqrt(eta))
     lowered = steps < 15 if lower_order_final is None else lower_order_final
     rows: list[Row] = []
-    seen: list[Any] = []
+    seen: list[Level] = []
     for i in range(steps):
-        (_, alpha, sigma), (_, alpha1, sigma1) = grid.node(i), grid.node(i + 1)
-        if grid.ends[1] and i == steps - 1:
-            # Both forms' limit without noise, the denoised state.
-            update = Update([0.0], [alpha1])
-            if not data:
-                update = Update([alpha1 / alpha], [-alpha1 * sigma / alpha])
-            rows.append(Row(grid.node(i), [update]))
-            continue
-        h = lam[i + 1] - lam[i]
-        limit = 1 if (grid.ends[0] and i == 0) or (euler_at_final and i == steps - 1) else order
-        limit = min(limit, steps - i) if lowered else limit
-        seen = [] if grid.ends[0] and i <= 1 else seen
-        seen = [lam[i], *seen][:3]
-        used = [place - lam[i] for place in seen[: min(limit, len(seen))]]
-        noise = None
-        if data:
-            kept, rate = sigma1 / sigma * (xp.exp(-eta * h) if eta else 1.0), 1.0 + eta
-            found = _integral(
-                xp, rate * h, [rate * place for place in used], -1.0, solver_type, variant
-            )
-            weights = [alpha1 * weight for weight in found]
-            if eta:
-                noise = s_noise * sigma1 * xp.sqrt(-xp.expm1(-2.0 * eta * h))
-        else:
-            kept = alpha1 / alpha
-            found = _integral(xp, h, used, 1.0, solver_type, variant)
-            weights = [-(1.0 + eta) * sigma1 * weight for weight in found]
-            if eta:
-                noise = s_noise * sigma1 * xp.sqrt(eta * xp.expm1(2.0 * h))
-        clock = x0_clock(grid, i) if data else (xp.exp(-2.0 * lam[i]), xp.exp(-2.0 * lam[i + 1]))
-        rows.append(Row(grid.node(i), [Update([kept], weights, noise)], clock))
-    converges = bool(eta) and (variant != "diffusers" or order < 3)
-    return assemble(rows, integrand, xp, brownian=integrand if converges else None)
+        level = grid.node(i)
+        # The node at alpha = 0 leaves the history, where lambda is infinite.
+        seen = [level] if grid.ends[0] and i == 1 else [level, *seen][:3]
+        limit = 1 if euler_at_final and i == steps - 1 else order
+        places = seen[: min(limit, steps - i) if lowered else limit]
+        carry, weights, noise = step(grid, i, places, integrand, taus[i])
+        if not at_end(grid, i) and (
+            (len(places) == 2 and solver_type == "midpoint")
+            or (len(places) == 3 and variant != "corrected")
+        ):
+            weights = _as_published(grid, i, places, integrand, eta, variant)
+        noise = None if noise is None else s_noise * noise
+        rows.append(Row(level, [Update([carry], weights, noise)], step_clock(grid, i, integrand)))
+    converges = variant != "diffusers" or order < 3
+    return assemble(rows, integrand, xp, brownian=path_form(integrand, taus) if converges else None)
 
 
-def _integral(
-    xp: Any, h: Any, offsets: list[Any], sign: float, solver_type: str, variant: str
+def _as_published(
+    grid: Grid, i: int, places: list[Level], integrand: str, eta: float, variant: str
 ) -> list[Any]:
-    """Weights of int_0^h exp(sign (h - s)) m(s) ds from m at `offsets`, newest (0) first."""
-    if len(offsets) == 1:
-        # Finite also for h = inf with sign = -1, from alpha = 0.
-        return [sign * xp.expm1(sign * h)]
-    if len(offsets) == 2 and solver_type == "midpoint":
+    """Weights of the formulas that do not integrate the polynomial through `places` exactly."""
+    xp, lam, rate = grid.xp, grid.lam, 1.0 + eta
+    # In units of 1 / G the kernel of x0 is exp(-(h - s)); that of eps is exp(h - s).
+    factor, unit, sign = grid.alpha[i + 1], rate, -1.0
+    if integrand == "eps":
+        factor, unit, sign = -rate * grid.sigma[i + 1], 1.0, 1.0
+    h = unit * (lam[i + 1] - lam[i])
+    offsets = [unit * (coordinate(xp, "lambda", place) - lam[i]) for place in places]
+    if len(places) == 2:
         half = 0.5 * h * phi(1, sign * h) * h / -offsets[1]
-        return [h * phi(1, sign * h) + half, -half]
-    if len(offsets) == 3 and variant != "corrected":
-        return _third_order_as_published(h, offsets, variant)
-    return list(interpolation_weights(offsets, h, sign))
+        found = [h * phi(1, sign * h) + half, -half]
+    else:
+        found = _third_order_as_published(h, offsets, variant)
+    return [factor * weight for weight in found]
 
 
 def _third_order_as_published(h: Any, offsets: list[Any], variant: str) -> list[Any]:

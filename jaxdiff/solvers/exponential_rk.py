@@ -40,17 +40,17 @@ class Scheme(NamedTuple):
 
 
 def two_stages(c2: Any) -> Scheme:
-    """Order 2, b_2 = phi_2 / c2 (Hochbruck & Ostermann 2010, equation 2.39)."""
+    """Order 2, b_2 = phi_2 / c2 (Hochbruck & Ostermann 2010)."""
     return Scheme((c2,), (), (((1.0 / c2, 2, 1.0),),))
 
 
 def two_stages_weak(c2: Any) -> Scheme:
-    """Order 2, b_2 = phi_1 / (2 c2) (Hochbruck & Ostermann 2010, equation 2.40)."""
+    """Order 2, b_2 = phi_1 / (2 c2) (Hochbruck & Ostermann 2010)."""
     return Scheme((c2,), (), (((0.5 / c2, 1, 1.0),),))
 
 
 def three_stages(c2: Any, c3: Any) -> Scheme:
-    """Order 3 (Hochbruck & Ostermann 2005, equations 5.8 and 5.9).
+    """Order 3 (Hochbruck & Ostermann 2005).
 
     2 (gamma c2 + c3) = 3 (gamma c2^2 + c3^2); with c3 = 2/3 gamma is 0, and b_2 with it. (RES4LYF's
     calculate_gamma has c3^3 for c3^2: of order 2, but for its default c3 = 1.)
@@ -66,7 +66,7 @@ _HALF_MIDDLE = ((2.0, 2, 1.0), (-4.0, 3, 1.0))
 _A52 = ((0.5, 2, 0.5), (-1.0, 3, 1.0), (0.25, 2, 1.0), (-0.5, 3, 0.5))
 _A54 = ((0.25, 2, 0.5), *((-factor, k, c) for factor, k, c in _A52))
 
-# From Hochbruck & Ostermann 2010, section 2.3, and the 'expint' package's tables.
+# From Hochbruck & Ostermann 2010, and the 'expint' package's tables.
 FIXED = {
     "etd3rk": Scheme((0.5, 1.0), ((((2.0, 1, 1.0),),),), (_SIMPSON_MIDDLE, _SIMPSON_END)),
     "etdrk4": Scheme(

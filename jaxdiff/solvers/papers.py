@@ -135,6 +135,11 @@ PAPERS: Mapping[str, Paper] = {
         "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya", 2023,
         "Consistency Models", "Consistency Models", "2303.01469",
     ),
+    "lcm": Paper(
+        "Luo, Simian and Tan, Yiqin and Huang, Longbo and Li, Jian and Zhao, Hang", 2023,
+        "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+        "LCM", "2310.04378",
+    ),
     "tcd": Paper(
         "Zheng, Jianbin and Hu, Minghui and Fan, Zhongyi and Wang, Chaoyue and Ding, Changxing "
         "and Tao, Dacheng and Cham, Tat-Jen", 2024,

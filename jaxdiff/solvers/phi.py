@@ -2,7 +2,7 @@
 
     phi_0(h) = exp(h),   phi_k(h) = (phi_{k-1}(h) - 1 / (k-1)!) / h,   phi_k(0) = 1 / k!
 
-(Hochbruck & Ostermann, "Exponential Integrators", Acta Numerica 2010, section 2.)
+(Hochbruck & Ostermann, "Exponential Integrators", Acta Numerica 2010.)
 """
 
 from math import factorial

@@ -156,13 +156,21 @@ def noise_clock(xp: Any, integrand: str, level: Level, end: Level) -> tuple[Any,
     return (level[2] / level[1]) ** 2, (end[2] / end[1]) ** 2
 
 
+def step_clock(grid: Grid, i: int, integrand: str) -> tuple[Any, Any]:
+    """`noise_clock` of step i, 0 where it draws no noise: in a step to sigma = 0."""
+    if grid.ends[1] and i == grid.steps - 1:
+        return 0.0, 0.0
+    return noise_clock(grid.xp, integrand, grid.node(i), grid.node(i + 1))
+
+
 def path_form(integrand: str, taus: list[Any]) -> str | None:
-    """The Brownian path on which noise of these tau lives: "eps" for any, "x0" for 0 and 1 only."""
-    if all(is_zero(tau) for tau in taus):
-        return None
-    if integrand == "eps" or all(is_concrete(tau) and tau in (0.0, 1.0) for tau in taus):
-        return integrand
-    return None
+    """The Brownian path on which noise of these tau lives; None where all are 0.
+
+    In the "eps" form a step's noise is tau times the path's increment. In the "x0" form it is that
+    only where tau = 1: for another, noise within the step has the weight exp(tau^2 lambda), not
+    exp(lambda), and the increment stands for it with an error of higher order (strong order 1).
+    """
+    return None if all(is_zero(tau) for tau in taus) else integrand
 
 
 def euler_maruyama(grid: Grid, tau: float = 1.0) -> Tableau:

@@ -14,6 +14,7 @@ from jaxdiff.solvers.reverse_sde import (
     noise_clock,
     noise_levels,
     path_form,
+    step_clock,
 )
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -37,6 +38,8 @@ def seeds(
 
     all on one Brownian path: the noise of a stage is carried on to the later stages and the end,
     where that of the rest of the step, drawn independently, adds to it. A stage is one evaluation.
+    Of the authors' code one and two stages are the same (its "2a" and "2b"); three ("3a") differ, and
+    two with middle other than 1/2, by what docs/references.md says. It ends at the last sigma > 0.
 
     Arguments:
       stages: 1, 2 or 3.
@@ -63,8 +66,7 @@ def seeds(
         level, end = grid.node(i), grid.node(i + 1)
         if at_end(grid, i):
             carry, found, noise = end_step(grid, i, integrand, noise_level)
-            last = grid.ends[1] and i == grid.steps - 1
-            clock = (0.0, 0.0) if last else noise_clock(xp, integrand, level, end)
+            clock = step_clock(grid, i, integrand)
             rows.append(Row(level, [Update([carry], found, noise)], clock))
             nodes.append((len(rows), 0))
             continue

@@ -23,8 +23,8 @@ def unipc(
     """UniPC of any order with B(h) = h ("bh1"), exp(h) - 1 ("bh2") or varying coefficients.
 
     Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
-    Models" (2023), algorithms 1-4 and 5-8 (data prediction). The evaluation at the predicted x'
-    first corrects the step that led there, then predicts the next: one evaluation a step. A
+    Models" (2023), with noise and with data prediction. The evaluation at the predicted x' first
+    corrects the step that led there, then predicts the next: one evaluation a step. A
     predictor of order p corrected by UniC-p converges at order p + 1; `order` is p, 1 to 6. The order
     grows 1, 2, ... over the first steps; the corrected first step's error is of order h^3, so order 3
     is kept.

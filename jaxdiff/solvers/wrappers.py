@@ -24,9 +24,10 @@ def analytic_first_step(
 
     There x0 = mean + alpha std^2 / (alpha^2 std^2 + sigma^2) (x - alpha mean), which is linear in
     x_T, so that the first step costs nothing: near pure noise any denoiser is close to it.
-    Dockhorn, Vahdat & Kreis, "GENIE" (2022), where data are N(0, 1). diff-sampler's
-    eps = x / sqrt(1 + sigma^2), with alpha = 1, is std^2 = sigma (sqrt(1 + sigma^2) - sigma), about
-    1/2. One evaluation less.
+    Dockhorn, Vahdat & Kreis, "GENIE" (2022), whose code takes eps = x_T where alpha^2 + sigma^2 = 1;
+    diff-sampler's eps = x / sqrt(1 + sigma^2), with alpha = 1, is the same step. Both are eps = x /
+    sqrt(alpha^2 + sigma^2), here std^2 = sigma / (sigma + sqrt(alpha^2 + sigma^2)), about 1/2; data
+    N(0, 1) have sigma times as much noise. One evaluation less.
 
     Arguments:
       tableau: any sampler of two evaluations or more whose start is a number a register.
@@ -81,8 +82,9 @@ def analytic_first_step(
         d = d + xp.stack(moved)
         d = xp.concatenate([d, xp.zeros((tableau.rows, 1, *d.shape[2:]))], 1)
         d, start_d = d[1:], d[0]
-    nodes = np.maximum(np.asarray(tableau.nodes) - np.array([1, 0]), 0)
-    nodes[np.asarray(tableau.nodes)[:, 0] == 0] = (0, registers)
+    old, xn = tableau.nodes, namespace(tableau.nodes)
+    start = np.array([0, registers], np.int32)
+    nodes = xn.where(old[:, :1] == 0, start, xn.maximum(old - np.array([1, 0], np.int32), 0))
     return dataclasses.replace(
         tableau, A=xp.stack(a_new), B=xp.stack(b_new),
         C=None if tableau.C is None else xp.pad(tableau.C[1:], ((0, 0), (0, 1))), d=d,
@@ -143,7 +145,8 @@ def denoise_to_zero(tableau: Tableau, grid: Grid) -> Tableau:
     """`tableau` on `grid`, and a last step to sigma = 0: the result is x0 at the last node.
 
     One evaluation more. The same as `grid` with a node at sigma = 0 for methods whose step there is
-    of first order. Raises ValueError where the grid ends at sigma = 0 already.
+    of first order. Raises ValueError where the grid ends at sigma = 0 already, or is seen not to be
+    the tableau's: its last evaluation must lie in the grid's last step.
     """
     if grid.ends[1] or grid.backward:
         raise ValueError("denoise_to_zero takes a grid from noise to data that ends at sigma > 0")
@@ -153,7 +156,25 @@ def denoise_to_zero(tableau: Tableau, grid: Grid) -> Tableau:
         xp.stack([t, t]), xp.stack([alpha, xp.ones_like(alpha)]),
         xp.stack([sigma, xp.zeros_like(sigma)]), ends=(False, True),
     )  # fmt: skip
-    return concatenate([tableau, ddim(last)])
+    joined = concatenate([tableau, ddim(last)])
+    _check_last_step(tableau, grid)
+    return joined
+
+
+def _check_last_step(tableau: Tableau, grid: Grid) -> None:
+    """Raise ValueError unless the tableau's cleanest evaluation is in the grid's last step."""
+    if not is_concrete(tableau.alpha, tableau.sigma, grid.alpha, grid.sigma):
+        return
+    with np.errstate(divide="ignore"):
+        found = float(np.min(np.asarray(tableau.sigma) / np.asarray(tableau.alpha)))
+        first, last = np.asarray(grid.sigma)[-2:] / np.asarray(grid.alpha)[-2:]
+    # Churn evaluates above the node, by sqrt(2) at most. Tables may be in float32.
+    highest = first * (np.sqrt(2.0) if tableau.stochastic else 1.0)
+    if not last * (1 - 1e-5) <= found <= highest * (1 + 1e-5):
+        raise ValueError(
+            f"the tableau was built on another grid: its last evaluation is at sigma / alpha = "
+            f"{found:.6g}, this grid's last step goes from {first:.6g} to {last:.6g}"
+        )
 
 
 def _check_start(tableau: Any, name: str, any_number: bool) -> None:

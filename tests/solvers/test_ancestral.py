@@ -24,7 +24,7 @@ def grid_of(process, steps=7, end="zero"):
 
 
 def run(grid, table, noise, save="nodes"):
-    process = grid._process
+    process = grid.process
     denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, process)
     x = start(grid)
     return x, np.asarray(jd.sample(denoiser, table, jnp.asarray(x), noise=noise, save=save))

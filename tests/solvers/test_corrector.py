@@ -49,6 +49,34 @@ def test_two_evaluations_at_one_level_are_named(name):
         jd.solvers.corrected(jd.solvers.build(name, grid), grid, 3, "eps", stages=True)
 
 
+@pytest.mark.parametrize("traced_grid", [False, True])
+def test_a_tableau_that_is_an_argument_of_jit_is_corrected(x64, traced_grid):
+    grid = jd.grids.half_log_snr(PROCESS, 6)
+    table = jd.solvers.build("dpm_solver_pp_2m", grid)
+    expected = jd.solvers.corrected(table, grid, 3)
+    if traced_grid:
+        got = jax.jit(lambda t, g: jd.solvers.corrected(t, g, 3))(table, grid)
+    else:
+        got = jax.jit(lambda t: jd.solvers.corrected(t, grid, 3))(table)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("heun", "2 registers and 12 rows for 6 steps"),
+        ("unipc_2", "2 registers and 6 rows for 6 steps"),
+    ],
+)
+def test_a_traced_tableau_whose_nodes_are_not_evident_is_refused(name, text):
+    grid = jd.grids.half_log_snr(PROCESS, 6)
+    table = jd.solvers.build(name, grid)
+    with pytest.raises(ValueError, match=f"{text}.*outside of jax.jit"):
+        jax.jit(lambda t: jd.solvers.corrected(t, grid, 3, "eps"))(table)
+
+
 # --- time as the variable, where the grid knows few times ------------------------------------------
 
 DDPM = jd.processes.ddpm("linear", 1000)

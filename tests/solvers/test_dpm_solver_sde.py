@@ -28,7 +28,7 @@ def run(grid, table, seed=1):
     """(start, noise, the solution at the nodes)."""
     x = BROAD.sample(np.random.default_rng(0), 6, grid.alpha[0], grid.sigma[0])
     noise = np.random.default_rng(seed).normal(size=(table.draws, 6, 2))
-    denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, grid._process)
+    denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, grid.process)
     nodes = jd.sample(denoiser, table, jnp.asarray(x), noise=jnp.asarray(noise), save="nodes")
     return x, noise, np.asarray(nodes)
 

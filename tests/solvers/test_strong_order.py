@@ -160,6 +160,8 @@ OTHER = {
     "euler_ancestral_eta_half": 0.25,
     "dpm_solver_pp_sde_eta_half": 0.5,
     "dpm_solver_pp_2m_sde_eta_half": 0.5,
+    "dpm_solver_3s_ancestral_eta_half": 0.25,
+    "sa_solver_tau_half": 0.25,
     "sa_solver_window": None,
 }
 

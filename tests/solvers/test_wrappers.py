@@ -1,5 +1,6 @@
 """Wrappers against closed forms: Gaussian data, where the first step is exact, and a chain of steps."""
 
+import jax
 import numpy as np
 import pytest
 from listed import SETTINGS, build, run_all
@@ -48,6 +49,56 @@ def test_the_analytic_step_takes_a_mean_for_each_coordinate(x64):
         for save in ("final", "nodes"):
             got, expected = (jd.sample(denoiser, t, x, save=save) for t in (other, table))
             np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dpm_solver_pp_3m", "heun"])
+def test_a_tableau_that_is_an_argument_of_jit_takes_the_analytic_step(x64, name):
+    table = build(name, jd.grids.half_log_snr(VP, 5))
+    expected = jd.solvers.analytic_first_step(table, MEAN, STD)
+    got = jax.jit(jd.solvers.analytic_first_step)(table, MEAN, STD)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_tables_with_a_mean_for_each_coordinate_run_in_turn(x64):
+    """For Gaussian data, where both pieces' analytic steps are exact: first, last or both."""
+    means = np.array([0.3, -2.0, 1.1])
+    denoiser = jd.gaussian_mixture(means[None], np.array([STD]), np.ones(1), VP)
+    whole = jd.grids.half_log_snr(VP, 6)
+    plain = [jd.solvers.ddim(jd.grids.from_times(VP, whole.t[part])) for part in (
+        slice(0, 4), slice(3, 7)
+    )]  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    expected = jd.sample(denoiser, jd.solvers.ddim(whole), x)
+    for analytic in [(0,), (1,), (0, 1)]:
+        pieces = [
+            jd.solvers.analytic_first_step(t, means, STD) if i in analytic else t
+            for i, t in enumerate(plain)
+        ]
+        table = jd.solvers.concatenate(pieces)
+        assert table.nfe == 6 - len(analytic)
+        np.testing.assert_allclose(jd.sample(denoiser, table, x), expected, rtol=1e-10)
+
+
+def test_state_shaped_coefficients_broadcast_from_the_last_axis(x64):
+    """A mean of [3] beside one of [2, 3] is one for every row of the sample."""
+    few, many = np.array([0.3, -2.0, 1.1]), np.random.default_rng(1).normal(size=(2, 3))
+    grids = [jd.grids.half_log_snr(VP, 3, t_min=0.4), jd.grids.half_log_snr(VP, 3, t_max=0.4)]
+    denoiser = jd.Denoiser(lambda x, t: 0.3 * x, "x0")
+    x = np.random.default_rng(0).normal(size=(4, 2, 3))
+
+    def pieces(*means):
+        return [jd.solvers.analytic_first_step(jd.solvers.ddim(g), m, STD)
+                for g, m in zip(grids, means)]  # fmt: skip
+
+    expected = x
+    for piece in pieces(np.broadcast_to(few, (2, 3)), many):
+        expected = jd.sample(denoiser, piece, expected)
+    got = jd.sample(denoiser, jd.solvers.concatenate(pieces(few, many)), x)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"one shape of sample, got coefficients for .*\(4,\)"):
+        jd.solvers.concatenate(pieces(few, np.ones(4)))
 
 
 def test_one_spread_gives_the_published_rule(x64):
@@ -118,6 +169,14 @@ corrected, KARRAS = jd.solvers.corrected, jd.grids.karras
             lambda: jd.solvers.denoise_to_zero(DDIM, jd.grids.half_log_snr(VP, 4, end="zero")),
             "ends at sigma > 0",
         ),
+        (
+            lambda: jd.solvers.denoise_to_zero(DDIM, jd.grids.half_log_snr(VP, 4, t_min=0.1)),
+            "another grid: its last evaluation is at sigma / alpha = 0.115.* from .* to 0.340",
+        ),
+        (
+            lambda: jd.solvers.denoise_to_zero(jd.solvers.ddpm(GRID), jd.grids.uniform(VP, 999)),
+            "another grid: its last evaluation is at sigma / alpha = 0.115.* from .* to 0.0104",
+        ),
         (lambda: corrected(jd.solvers.ddpm(GRID), GRID), "deterministic"),
         (lambda: corrected(DDIM, GRID, integrand="eps"), "not 'eps'"),
         (lambda: corrected(DDIM, KARRAS(VP, 4)), "does not evaluate"),
@@ -129,3 +188,11 @@ corrected, KARRAS = jd.solvers.corrected, jd.grids.karras
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_every_sampler_on_the_grid_is_denoised_to_zero():
+    """Churn evaluates at more noise than a node has, Langevin steps and Heun at the last node."""
+    grid = jd.grids.half_log_snr(VP, 4)
+    for name in SETTINGS:
+        table = build(name, grid)
+        assert jd.solvers.denoise_to_zero(table, grid).nfe == table.nfe + 1, name

@@ -59,9 +59,10 @@ def build(name: str, grid: Grid, /, **options: Any) -> Tableau:
 def citation(name: str) -> str:
     """BibTeX of the paper that a solver, setting or alias comes from. Raises as `find` does."""
     entry, _ = find(name)
-    meant = ALIASES[name].setting if name in ALIASES else name
+    alias = ALIASES.get(name)
+    meant = alias.setting if alias else name
     setting = entry.settings.get(meant, next(iter(entry.settings.values())))
-    paper = setting.paper or entry.paper
+    paper = (alias and alias.paper) or setting.paper or entry.paper
     return PAPERS[paper].bibtex(paper)
 
 

@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 
 class Alias(NamedTuple):
-    """A setting of ours, and the grid (a function of `jaxdiff.grids`) that the name implies, if any."""
+    """A setting of ours, and the grid (a function of `jaxdiff.grids`) that the name implies, if any.
+
+    `paper`: a key of `jaxdiff.solvers.papers.PAPERS`, where it is not the setting's.
+    """
 
     setting: str
     grid: str | None = None
     grid_options: Mapping[str, Any] = {}
+    paper: str | None = None
 
 
 # Of these, "<name> Karras" and "<name> Exponential" exist too.
@@ -22,6 +26,11 @@ _INTERFACES = {
     "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart",
     "LCM": "consistency", "TCD": "tcd",
 }  # fmt: skip
+_SUFFIXES = (("",), (" Karras", "karras", {"rho": 7.0}), (" Exponential", "half_log_snr"))
+_PAPERS = {"LCM": "lcm"}
+
+# diffusers' multistep schedulers leave out timestep 0.
+_WITHOUT_ZERO = {"keep_zero": False}
 
 _OTHERS = {
     "edm": Alias("heun", "karras", {"rho": 7.0}),
@@ -40,7 +49,7 @@ _OTHERS = {
     "sample_dpmpp_2m_sde": Alias("dpm_solver_pp_2m_sde"),
     "sample_dpmpp_3m_sde": Alias("dpm_solver_pp_3m_sde"),
     # diffusers
-    "LCMScheduler": Alias("consistency", "leading"),
+    "LCMScheduler": Alias("consistency", "leading", paper="lcm"),
     "TCDScheduler": Alias("tcd", "leading"),
     "IPNDMScheduler": Alias("ipndm_4"),
     "DDIMScheduler": Alias("ddim", "leading"),
@@ -52,19 +61,21 @@ _OTHERS = {
     "HeunDiscreteScheduler": Alias("heun", "linspace"),
     "KDPM2DiscreteScheduler": Alias("kdpm2", "linspace"),
     "KDPM2AncestralDiscreteScheduler": Alias("kdpm2_ancestral", "linspace"),
-    "DPMSolverMultistepScheduler": Alias("dpm_solver_pp_2m", "linspace"),
-    "DPMSolverSinglestepScheduler": Alias("dpm_solver_pp_2s_nodes", "linspace"),
+    "DPMSolverMultistepScheduler": Alias("dpm_solver_pp_2m", "linspace", _WITHOUT_ZERO),
+    "DPMSolverSinglestepScheduler": Alias("dpm_solver_pp_2s_nodes", "linspace", _WITHOUT_ZERO),
     "DPMSolverSDEScheduler": Alias("dpm_solver_pp_sde", "linspace"),
-    "DEISMultistepScheduler": Alias("dpm_solver_2m_heun", "linspace"),
-    "UniPCMultistepScheduler": Alias("unipc_2", "linspace"),
+    "DEISMultistepScheduler": Alias("dpm_solver_2m_heun", "linspace", _WITHOUT_ZERO),
+    "UniPCMultistepScheduler": Alias("unipc_2", "linspace", _WITHOUT_ZERO),
     "FlowMatchEulerDiscreteScheduler": Alias("euler_flow", "uniform"),
     "FlowMatchHeunDiscreteScheduler": Alias("heun_flow", "uniform"),
     "EDMEulerScheduler": Alias("euler", "karras", {"rho": 7.0}),
 }
 
 ALIASES: Mapping[str, Alias] = {
-    **{name: Alias(setting) for name, setting in _INTERFACES.items()},
-    **{f"{n} Karras": Alias(s, "karras", {"rho": 7.0}) for n, s in _INTERFACES.items()},
-    **{f"{n} Exponential": Alias(s, "half_log_snr") for n, s in _INTERFACES.items()},
+    **{
+        name + suffix: Alias(setting, *grid, paper=_PAPERS.get(name))
+        for name, setting in _INTERFACES.items()
+        for suffix, *grid in _SUFFIXES
+    },
     **_OTHERS,
 }
