@@ -1,4 +1,4 @@
-"""The command line: `jaxdiff train | sample | evaluate`."""
+"""The command line: `jaxdiff train | sample | evaluate | ablate`."""
 
 import argparse
 import ast
@@ -209,6 +209,27 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     return experiment, tableau, options
 
 
+# --- ablate ---------------------------------------------------------------------------------------
+
+
+def _prepare_ablate(arguments: argparse.Namespace) -> Callable[[], None]:
+    from jaxdiff import config as configuration
+    from jaxdiff.ablation.command import SECTIONS, prepare
+
+    config = configuration.override(
+        configuration.load(arguments.config, SECTIONS), arguments.overrides
+    )
+    work = prepare(configuration.complete(config, SECTIONS).ablation, arguments.workdir,
+                   not arguments.quiet)  # fmt: skip
+    return lambda: _ablate(work, Path(arguments.workdir), config.ablation.plot)
+
+
+def _ablate(work: Callable, workdir: Path, column: str) -> None:
+    table = work()
+    print(table.best(column, "nfe").to_markdown())
+    print(f"{workdir / 'report.md'}: {len(table)} cells, {table.programs} programs compiled")
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
@@ -225,6 +246,14 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR",
         help="the folder of the run; an unfinished run of the same configuration is continued",
+    )  # fmt: skip
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR",
+        help="the folder of the sweep; a sweep that was stopped goes on there",
     )  # fmt: skip
 
 
@@ -287,6 +316,11 @@ _COMMANDS = {
     "evaluate": _Command(
         "compare samples of a run with its data; also writes evaluate.json into its folder",
         _evaluate_arguments, _prepare_evaluate,
+    ),
+    "ablate": _Command(
+        "compare samplers on a run's network, many in one program; --config.ablation.KEY=VALUE "
+        "overrides the configuration",
+        _ablate_arguments, _prepare_ablate, overrides=True,
     ),
 }  # fmt: skip
 

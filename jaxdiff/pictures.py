@@ -32,7 +32,7 @@ def sample_grid(
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -41,7 +41,7 @@ def _figure(width: float, height: float) -> Figure:
 def _images(samples: np.ndarray, labels: Any) -> Figure:
     rows = _rows(len(samples), labels)
     columns = max(len(indices) for _, indices in rows)
-    figure = _figure(_IMAGE_INCHES * columns + 0.5, _IMAGE_INCHES * len(rows) + 0.4)
+    figure = new_figure(_IMAGE_INCHES * columns + 0.5, _IMAGE_INCHES * len(rows) + 0.4)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, indices) in zip(axes, rows):
         for axis in line:
@@ -67,7 +67,7 @@ def _rows(count: int, labels: Any) -> list[tuple[str, list[int]]]:
 
 
 def _points(samples: np.ndarray, labels: Any) -> Figure:
-    figure = _figure(5.0, 5.0)
+    figure = new_figure(5.0, 5.0)
     axis = figure.subplots()
     second = samples[:, 1] if samples.shape[1] > 1 else np.zeros(len(samples))
     axis.scatter(samples[:, 0], second, c=labels, s=6, cmap="tab10")
