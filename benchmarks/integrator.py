@@ -6,12 +6,11 @@ Run time is a ratio of medians over interleaved pairs in one process: A B A B ..
 already on the device, each call waited for.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+from pairs import paired
 
 import jaxdiff as jd
 from jaxdiff.config import complete, load
@@ -51,19 +50,6 @@ def by_scan(denoiser, tableau, x):
 
     start = (x,) * tableau.registers, (jnp.zeros_like(x),) * tableau.history
     return jax.lax.scan(row, start, table)[0][0][0]
-
-
-def paired(first, second, rounds):
-    """Median of the ratios first / second over interleaved pairs, with quartiles."""
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for call in (first, second):
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - begin)
-        ratios.append(times[0] / times[1])
-    return [round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.5, 0.75])]
 
 
 def network(params, x, t):

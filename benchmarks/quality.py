@@ -1,6 +1,6 @@
 """Error against evaluations: our best training-free choice beside the best of the peers' samplers.
 
-    python benchmarks/quality.py [NFE ...]   # hours on two cores for all; results/quality.{json,png}
+    python benchmarks/quality.py [NFE ...]   # two hours for all; results/quality.{json,png}
 
 The probability flow of Gaussian mixtures in 2, 16 and 64 dimensions, with VP's linear schedule from t =
 1 to 1e-3 and with EDM's sigma from 80 to 0.002; exact end points by DOP853 to 1e-10. The error is the
@@ -9,7 +9,9 @@ analytic first step. Among so many the best flatters itself, so a choice is made
 scored on 64 fresh ones, ours and the peers' alike.
 
 The peers' samplers run as our tables with the peers' own formulas, errors included: each is matched
-with the original code to 1e-8 in tests/test_parity*.py (DEIS's coefficients in the limit of its sums).
+with the original code to 1e-8 in tests/test_parity*.py (DEIS's coefficients in the limit of its
+sums). They run on the grids that their codes offer (uniform in lambda, Karras's, powers of t) and, as
+a choice of its own, on ours as well (`grids.logistic`). Ours are all of theirs and the rest.
 """
 
 import functools
@@ -38,6 +40,7 @@ STARTS = 64
 PLAIN = (None, "analytic")  # starts that ask nothing of the data
 MANY = 12  # evaluations above which the sweep is thinned
 CHUNK = 192
+OURS, PEERS = "logistic", "peers"  # our grids' name; the peers' methods on their own grids
 PROCESSES = {
     "VP linear, t = 1 to 1e-3": (jd.processes.vp_linear(), 1.0, 1e-3),
     "EDM, sigma = 80 to 0.002": (jd.processes.edm(), 80.0, 0.002),
@@ -55,8 +58,8 @@ def mixture(dim):
 
 
 @functools.cache
-def grids(kind, steps, skip):
-    """{name: grid} of `steps` steps, from t_max or from the time `skip`."""
+def grids(kind, steps, skip, many):
+    """{name: grid} of `steps` steps, from t_max or from the time `skip`; the logistic ones are ours."""
     process, t_max, t_min = PROCESSES[kind]
     span = {"t_max": skip or t_max, "t_min": t_min}
     found = {"half-log-SNR": jd.grids.half_log_snr(process, steps, **span)}
@@ -67,6 +70,9 @@ def grids(kind, steps, skip):
     exponents = (1.0, 1.5, 1.75, 2.0, 2.5, 3.0) if t_max == 1.0 else (3.0,)
     for p in exponents:
         found[f"t^(1/{p:g})"] = jd.grids.power(process, steps, p, **span)
+    for k, center in itertools.product((0.5, 0.75, 1.0), (1.0,) if many else (1.0, 2.0)):
+        name = f"{OURS} {k:g}, {center:g}"
+        found[name] = jd.grids.logistic(process, steps, k, center, **span)
     return found
 
 
@@ -104,32 +110,38 @@ def peers():
             "dpm_solver_singlestep", order=k, integrand=integrand
         )
     found["PNDM"], found["S-PNDM"] = of("f_pndm"), of("s_pndm")
-    for k in (2, 3, 4):
-        found[f"GHVB {k} 0.8"] = of("ghvb", order=k, beta=0.8)
+    for k, beta in itertools.product((2, 3, 4), (0.6, 0.7, 0.8, 0.9)):
+        found[f"GHVB {k} {beta}"] = of("ghvb", order=k, beta=beta)
+    for name in ("heavy_ball_multistep", "ipndm", "pndm"):
+        found |= {setting: of(setting) for setting in jd.solvers.CATALOGUE[name].settings}
     return found
 
 
 def ours(nfe):
-    """{label: (builder, name, options)}: the catalogue, and one builder's options swept."""
+    """{label: (builder, name, options)}: the catalogue, the peers', and one builder's options swept."""
     found = {
         name: of(name)
         for entry in jd.solvers.CATALOGUE.values()
         for name, setting in entry.settings.items()
         if setting.deterministic and "published" not in str(setting.options)
     }
-    for order, beta in itertools.product((2, 3, 4), (0.6, 0.7, 0.9)):
-        found[f"GHVB {order} {beta}"] = of("ghvb", order=order, beta=beta)
-    variables = [("lambda", 1.0), ("angle", 1.0), ("rho", 1.0), ("tau", 1.0), ("t", 0.5), ("t", 1.0)]
+    found |= peers()
+    variables = [("lambda", 1.0), ("angle", 1.0), ("tau", 1.0), ("t", 0.5), ("t", 1.0)]
     # With many evaluations the pure orders win.
     blends = (0.25, 0.5, 0.75, 1.0) if nfe <= MANY else (1.0,)
     for integrand, (variable, power), order, corrector, blend in itertools.product(
-        ("x0", "eps"), variables, (1, 2, 3, 4), (0, 3, 4), blends
+        ("x0", "eps", "flow"), [*variables, ("rho", 1.0)], (1, 2, 3, 4), (0, 3, 4), blends
     ):
-        if (corrector == 3 and nfe <= MANY) or (order == 1 and (blend != 1.0 or not corrector)):
+        if integrand == "flow" and (variable == "rho" or order == 4):
+            continue
+        if (corrector == 3 and nfe <= MANY and integrand != "flow") or (
+            order == 1 and (blend != 1.0 or not corrector)
+        ):
             continue
         z = variable if power == 1.0 else f"{variable}^{power:g}"
         label = f"adams {integrand} in {z}, {order}"
-        label += (f" x {blend:g}" if blend != 1.0 else "") + (f" + {corrector}" if corrector else "")
+        label += f" x {blend:g}" if blend != 1.0 else ""
+        label += f" + {corrector}" if corrector else ""
         found[label] = of(
             "exponential_adams", integrand=integrand, variable=variable, power=power, order=order,
             corrector=corrector, blend=blend,
@@ -158,7 +170,7 @@ def tables(kind, nfe, pool, starts):
         if rest or steps < 1:
             continue
         skip = None if start in (None, "analytic") else start
-        for grid_name, grid in grids(kind, steps, skip).items():
+        for grid_name, grid in grids(kind, steps, skip, nfe > MANY).items():
             table = build(grid)
             if start == "analytic" and table.rows < 2:
                 continue
@@ -224,8 +236,8 @@ def medians(kind, dim, found, templates):
 
 
 def best(found, errors, keep):
-    """The choice with the least error on the first starts among starts that `keep` accepts."""
-    kept = np.array([keep(start) for (*_, start), _ in found])
+    """The choice with the least error on the first starts, among those that `keep` accepts."""
+    kept = np.array([keep(*choice) for choice, _ in found])
     errors = np.where(np.isfinite(errors) & kept[:, None], errors, np.inf)
     i = int(np.argmin(errors[:, 0]))
     label, grid, start = found[i][0]
@@ -236,20 +248,23 @@ def best(found, errors, keep):
 
 def measure(numbers):
     cells = {}
+    theirs = set(peers())
+    kinds = {
+        PEERS: lambda label, grid, start: label in theirs and start in PLAIN and OURS not in grid,
+        "peers' methods, our grids": lambda label, grid, start: label in theirs and start in PLAIN,
+        "ours": lambda label, grid, start: start in PLAIN,
+        "ours, data's mean and covariance known": lambda label, grid, start: True,
+    }
     for kind, nfe in tqdm(list(itertools.product(PROCESSES, numbers))):
-        theirs = tables(kind, nfe, peers(), PLAIN)
-        own = tables(kind, nfe, ours(nfe), PLAIN + (SKIPS[kind] if nfe <= MANY else ()))
-        every = [table for found in (theirs, own) for _, table in found]
+        found = tables(kind, nfe, ours(nfe), PLAIN + (SKIPS[kind] if nfe <= MANY else ()))
+        every = [table for _, table in found]
         templates = [max(every, key=lambda t: t.registers), max(every, key=lambda t: t.history)]
         for dim in DIMS:
-            errors = medians(kind, dim, own, templates)
-            cell = {
-                "peers": best(theirs, medians(kind, dim, theirs, templates), lambda start: True),
-                "ours": best(own, errors, PLAIN.__contains__),
-                "ours, data's mean and covariance known": best(own, errors, lambda start: True),
-            }
+            errors = medians(kind, dim, found, templates)
+            cell = {who: best(found, errors, keep) for who, keep in kinds.items()}
             for who in list(cell)[1:]:
-                cell[who]["over peers"] = cell[who]["error"] / cell["peers"]["error"]
+                cell[who]["over peers"] = cell[who]["error"] / cell[PEERS]["error"]
+            cell["ours"]["a peer's method"] = cell["ours"]["choice"].split(";")[0] in theirs
             cells[f"{kind}; {dim}-D; {nfe} NFE"] = cell
             tqdm.write(json.dumps({f"{kind}; {dim}-D; {nfe} NFE": cell}))
     return cells
@@ -259,7 +274,7 @@ def draw(cells, numbers, path):
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True)
     for (i, kind), (j, dim) in itertools.product(enumerate(PROCESSES), enumerate(DIMS)):
         axis = axes[i, j]
-        for who, style in zip(next(iter(cells.values())), ("s--", "o-", "^:")):
+        for who, style in zip(next(iter(cells.values())), ("s--", "x-.", "o-", "^:")):
             y = [cells[f"{kind}; {dim}-D; {nfe} NFE"][who]["error"] for nfe in numbers]
             axis.loglog(numbers, y, style, ms=4, label=who)
         axis.set(title=f"{kind}; {dim}-D", xticks=numbers, xticklabels=numbers)
@@ -270,12 +285,12 @@ def draw(cells, numbers, path):
     for axis in axes[:, 0]:
         axis.set_ylabel("median error / sqrt(d)")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4)
     figure.savefig(path, dpi=110)
 
 
 def summary(cells):
-    """Ratios of our error to the peers': geometric means over 5 to 10 evaluations, and the largest."""
+    """Ratios of errors to the peers': geometric means over 5 to 10 evaluations, and the largest."""
     found = {}
     for who in list(next(iter(cells.values())))[1:]:
         ratios = {name: cell[who]["over peers"] for name, cell in cells.items()}
