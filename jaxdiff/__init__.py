@@ -9,6 +9,8 @@ from jaxdiff import ode as ode
 from jaxdiff import predictions as predictions
 from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
+from jaxdiff.boundary import consistency_boundary as consistency_boundary
+from jaxdiff.boundary import latent_consistency_boundary as latent_consistency_boundary
 from jaxdiff.denoisers import Denoiser as Denoiser
 from jaxdiff.denoisers import clip_x0 as clip_x0
 from jaxdiff.denoisers import dynamic_threshold as dynamic_threshold
@@ -23,7 +25,7 @@ from jaxdiff.noise import sample_keys as sample_keys
 from jaxdiff.sampling import sample as sample
 
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
-_LAZY = ("data", "learned_variance", "metrics", "models", "parallel", "training")
+_LAZY = ("ablation", "data", "learned_variance", "metrics", "models", "parallel", "training")
 
 
 def __getattr__(name: str):
