@@ -59,8 +59,9 @@ def cases():
         for facts in info["cases"]:
             arrays = {key: columns[key][slice(*facts["rows"][key])] for key in columns}
             start = arrays.pop("start")[0]
-            if facts["options"].get("mode") == "more_steps":
-                # SA-Solver's last state, which it evaluates once more.
+            options = facts["options"]
+            if options.get("mode") == "more_steps" and not options["corrector_order"]:
+                # SA-Solver evaluates its last state once more, where nothing has corrected it.
                 for key in ("states", "outputs", "calls"):
                     arrays[key] = np.delete(arrays[key], len(arrays["nodes"]), axis=0)
             found.append(Case(name, facts, start, **arrays))

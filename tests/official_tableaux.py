@@ -17,7 +17,7 @@ from jaxdiff.solvers.er_sde import er_sde
 from jaxdiff.solvers.momentum import ghvb, heavy_ball
 from jaxdiff.solvers.pndm import ipndm, pndm
 from jaxdiff.solvers.restart import Interval, restart
-from jaxdiff.solvers.runge_kutta import kdpm2, runge_kutta
+from jaxdiff.solvers.runge_kutta import kdpm2, runge_kutta, two_stage_method
 from jaxdiff.solvers.sa_solver import sa_solver
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep, singlestep_plan
 
@@ -38,17 +38,22 @@ def vp_grid(case):
     return jd.grids.from_times(jd.processes.vp_linear(0.1, 20.0), case.nodes[:, 0])
 
 
+def edm_vp(sigma_min, sigma_max):
+    """The linear VP process whose sigma / alpha is sigma_min at t = 1e-3 and sigma_max at 1."""
+    low, high, t = np.log1p(sigma_min**2), np.log1p(sigma_max**2), 1e-3
+    slope = 2.0 * (low / t - high) / (t - 1.0)
+    beta_min = high - 0.5 * slope
+    return dataclasses.replace(
+        jd.processes.vp_linear(), beta_min=beta_min, beta_max=beta_min + slope
+    )
+
+
 def deis_grid(case):
-    """diff-sampler's VP process for DEIS's time: sigma from 0.002 to 80 for t from 1e-3 to 1.
+    """diff-sampler's VP process for DEIS's time, whatever the grid.
 
     Its beta at t = 0 is negative, which `vp_linear` refuses.
     """
-    low, high, t = np.log1p(0.002**2), np.log1p(80.0**2), 1e-3
-    slope = 2.0 * (low / t - high) / (t - 1.0)
-    beta_min = high - 0.5 * slope
-    process = dataclasses.replace(
-        jd.processes.vp_linear(), beta_min=beta_min, beta_max=beta_min + slope
-    )
+    process = edm_vp(0.002, 80.0)
     return jd.grids.from_times(process, process.time(-np.log(case.nodes[:, 2])))
 
 
@@ -86,7 +91,7 @@ def k_diffusion_official(case):
         return jd.solvers.dpm_solver_pp_multistep(grid, 2, lower_order_final=False)
     if name == "dpm_fast":
         plan = singlestep_plan(case["n"])
-        return dpm_solver_singlestep(grid, 3, "eps", plan=plan)
+        return dpm_solver_singlestep(grid, 3, "eps", plan=plan, **noise)
     if name == "dpmpp_sde":
         # Its eta is the square root of ours.
         noise["eta"] **= 2
@@ -108,10 +113,12 @@ def k_diffusion_official(case):
 
 def edm_official(case):
     churn = options(case, s_churn="S_churn", s_min="S_min", s_max="S_max", s_noise="S_noise")
-    if case["alpha"]:
-        c = case["alpha"]
-        method = [[0.0, 0.0], [c, 0.0]], [1.0 - 0.5 / c, 0.5 / c], [0.0, c]
-        return runge_kutta(edm_grid(case), method)
+    if case["alpha"] or case["schedule"]:
+        method = "euler" if case["solver"] == "euler" else two_stage_method(case["alpha"] or 1.0)
+        sigmas = case.nodes[:-1, 2]
+        clock = {"vp": edm_vp(sigmas[-1], sigmas[0]), "ve": "rho2"}.get(case["schedule"], "rho")
+        scaling = case["scaling"] or "none"
+        return runge_kutta(edm_grid(case), method, clock, "clock", scaling, **churn)
     return getattr(jd.solvers, case["solver"] or "heun")(edm_grid(case), **churn)
 
 
@@ -220,6 +227,7 @@ def sa_solver_official(case):
         tau=(lambda t, *_: size * (t > grid.t[-1])) if few and not data else size,
         integrand="x0" if data else "eps", mode=case["pc_mode"].lower(),
         variant="few_steps" if few and data else "exact", lower_order_final=True,
+        correct_last=not few and case["corrector_order"] > 0,
     )  # fmt: skip
     return tableau if few else jd.solvers.denoise_to_zero(tableau, grid)
 

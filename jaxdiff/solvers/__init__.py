@@ -51,12 +51,15 @@ from jaxdiff.solvers.reverse_sde import euler_maruyama as euler_maruyama
 from jaxdiff.solvers.reverse_sde import reverse_diffusion as reverse_diffusion
 from jaxdiff.solvers.runge_kutta import kdpm2 as kdpm2
 from jaxdiff.solvers.runge_kutta import runge_kutta as runge_kutta
+from jaxdiff.solvers.runge_kutta import two_stage_method as two_stage_method
 from jaxdiff.solvers.sa_solver import sa_solver as sa_solver
 from jaxdiff.solvers.seeds import seeds as seeds
 from jaxdiff.solvers.sigma import euler as euler
 from jaxdiff.solvers.sigma import heun as heun
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep as dpm_solver_singlestep
 from jaxdiff.solvers.singlestep import singlestep_plan as singlestep_plan
+from jaxdiff.solvers.stored import load as load
+from jaxdiff.solvers.stored import save as save
 from jaxdiff.solvers.tableau import Row as Row
 from jaxdiff.solvers.tableau import Start as Start
 from jaxdiff.solvers.tableau import Tableau as Tableau

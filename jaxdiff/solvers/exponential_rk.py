@@ -163,9 +163,11 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
 
 
-def first_order_row(grid: Grid, i: int, k: int, integrand: str) -> Row:
-    """The step from node i to node k with the evaluation at node i alone: DDIM."""
-    level, end = grid.node(i), grid.node(k)
+def first_order_row(
+    grid: Grid, i: int, k: int, integrand: str, level: Level | None = None
+) -> Row:
+    """The step from node i, or another level, to node k with the evaluation there alone: DDIM."""
+    level, end = grid.node(i) if level is None else level, grid.node(k)
     kept = carry(grid.xp, integrand, level, end)
     return Row(level, [Update([kept], weights(grid, level, end, [level], integrand))])
 

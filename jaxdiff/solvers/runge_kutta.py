@@ -8,19 +8,12 @@ import diffrax
 import numpy as np
 
 from jaxdiff.grids import Grid
-from jaxdiff.solvers.clocks import Level, check_choice, coordinate, half_log_snr_at, scale
+from jaxdiff.processes import Process
+from jaxdiff.solvers.clocks import Level, check_choice
 from jaxdiff.solvers.exponential_rk import first_order_row, from_blocks, rows_of
+from jaxdiff.solvers.fields import Field
 from jaxdiff.solvers.sigma import Churn, rho_clock
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
-
-# clock -> (integrand, supports alpha = 0, its stages may lie in a step to sigma = 0)
-CLOCKS = {
-    "rho": ("eps", False, True),
-    "lambda": ("eps", False, False),
-    "tau": ("flow", True, True),
-    "angle": ("v", True, True),
-    "kappa": ("x0", True, False),
-}
 
 
 class Butcher(NamedTuple):
@@ -56,8 +49,9 @@ METHODS = (*_ROWS, *_DIFFRAX)
 
 
 def runge_kutta(
-    grid: Grid, method: str | diffrax.ButcherTableau | Sequence[Any] = "rk4", clock: str = "rho",
-    last: str = "euler",
+    grid: Grid, method: str | diffrax.ButcherTableau | Sequence[Any] = "rk4",
+    clock: str | Process = "rho", last: str = "euler", scaling: str | None = None,
+    s_churn: float = 0.0, s_min: float = 0.0, s_max: float = np.inf, s_noise: float = 1.0,
 ) -> Tableau:  # fmt: skip
     """Any explicit Runge-Kutta method for dy / dclock = f, in the clock of choice.
 
@@ -73,63 +67,105 @@ def runge_kutta(
         "tau" = sigma / (alpha+sigma)  x / (alpha + sigma)            flow        rectified flow
         "angle" = atan2(sigma, alpha)  x / hypot(alpha, sigma)        v / hypot(alpha, sigma)
         "kappa" = alpha / sigma        x / sigma                      x0
+        "rho2" = (sigma / alpha)^2     x / alpha                      eps / (2 rho)
+        "t", the grid's process's      x                              F x + g^2 / (2 sigma) eps
 
-    One evaluation a stage; the order is the method's. Without churn `euler` is this with "euler" in
-    "rho", and `heun` with "heun" in "rho" or "tau". rhoRK-DEIS: Zhang & Chen, "Fast Sampling of
-    Diffusion Models with Exponential Integrator" (2023).
+    with F x, g the drift and diffusion of the process: there the linear part stays in f. A process
+    of `jaxdiff.processes` as clock gives its t and its F, g, at the same sigma / alpha, whatever
+    process the grid has. One evaluation a stage; the order is the method's. `euler` is this with
+    "euler" in "rho", and `heun` with "heun" in "rho" or "tau". rhoRK-DEIS: Zhang & Chen, "Fast
+    Sampling of Diffusion Models with Exponential Integrator" (2023). Karras et al. (2022) compare
+    Euler and `two_stage_method` (algorithm 3) in the t of a VP schedule (that of a `vp_linear`), of
+    their VE schedule ("rho2") and of EDM ("rho"), with VP's scaling or none.
 
     Arguments:
       method: "euler", "midpoint", "heun", "ralston"; "heun3", "kutta3", "van_der_houwen3",
         "ssprk3", "bogacki_shampine" (Ralston's third-order method); "rk4", "rk38"; "dopri5",
         "tsit5" (6 evaluations), "dopri8" (13; stages for the error estimate alone are left out);
         or a `diffrax.ButcherTableau`, or arrays (a [s, s], b [s], c [s]).
-      last: the step to sigma = 0. "euler": first order, one evaluation (EDM's rule). "full": with
-        all stages, in "rho", "tau" or "angle", whose clocks are finite there; a stage at sigma = 0
-        itself needs a network that predicts the integrand.
+      last: the step to sigma = 0. "euler": first order in the integrand's own clock, one evaluation
+        (EDM's rule). "clock": Euler in the clock itself, which for y = s(rho) x / alpha with a
+        linear part, and in "rho2", does not end at x0 (EDM's ablation does that). "full": with all
+        stages, in "rho", "tau" or "angle"; a stage at sigma = 0 itself needs a network that
+        predicts the integrand. These two need a clock that is finite there.
+      scaling: y other than in the table, at the price of a linear part: "none" is x / alpha, "vp"
+        the state of variance-preserving processes, x / hypot(alpha, sigma).
+      s_churn, s_min, s_max, s_noise: churn as in `euler`, the network evaluated after the noise.
 
-    alpha = 0 at the noise end is supported in "tau", "angle" and "kappa". Raises ValueError for
-    other options, an implicit method, or arrays that are no consistent explicit one; TypeError for
-    a method that is none of these.
+    alpha = 0 at the noise end is supported in "tau", "angle" and "kappa", without `scaling` and
+    churn. Raises ValueError for other options, an implicit method, or arrays that are no consistent
+    explicit one; TypeError for a method or clock that is none of these.
     """
-    check_choice("clock", clock, tuple(CLOCKS))
-    check_choice("last", last, ("euler", "full"))
+    field = Field(grid, clock, scaling)
+    check_choice("last", last, ("euler", "clock", "full"))
     butcher = _butcher(method)
-    integrand, pure_noise, to_zero = CLOCKS[clock]
-    if last == "full" and not to_zero:
-        raise ValueError(f"last='full' needs a clock that is finite at sigma = 0, not {clock!r}")
-    check_ends(grid, f"runge_kutta in clock {clock!r}", noise=pure_noise, data=True)
-    whole = grid.steps - int(grid.ends[1] and last == "euler")
-    blocks = _steps(grid, np.arange(whole), butcher, clock, integrand)
-    blocks += [[first_order_row(grid, i, i + 1, integrand)] for i in range(whole, grid.steps)]
-    return from_blocks(grid, blocks, integrand)
+    field.check_last(last)
+    pure_noise = field.pure_noise and not s_churn
+    check_ends(grid, f"runge_kutta in clock {field.name}", noise=pure_noise, data=True)
+    churn = Churn(grid, s_churn, s_min, s_max, s_noise)
+    whole = grid.steps - int(grid.ends[1] and last != "full")
+    blocks = _steps(field, np.arange(whole), butcher, churn)
+    if whole < grid.steps and last == "clock":
+        blocks += _steps(field, np.array([whole]), _butcher("euler"), churn)
+    elif whole < grid.steps:
+        level = churn.level(whole)
+        blocks.append([first_order_row(grid, whole, whole + 1, field.integrand, level)])
+    if not churn.on:
+        return from_blocks(grid, blocks, field.integrand)
+    rows, nodes = [], [(0, 1)]
+    for i, (*inner, row) in enumerate(blocks):
+        arrived, alpha = row.updates[0], grid.alpha[i + 1]
+        s, m = ([c / alpha for c in part] for part in (arrived.s, arrived.m))
+        rows += [*inner, row._replace(updates=churn.enter(i + 1, s, m, arrived))]
+        nodes.append((len(rows), 1))
+    return assemble(rows, field.integrand, grid.xp, nodes=nodes, start=churn.start())
 
 
 def _steps(
-    grid: Grid, starts: np.ndarray, butcher: Butcher, clock: str, integrand: str
+    field: Field, starts: np.ndarray, butcher: Butcher, churn: Churn
 ) -> list[list[Row]]:
     if not len(starts):
         return []
-    xp, (a, b, c) = grid.xp, butcher
+    grid, (a, b, c) = field.grid, butcher
     level, end = (tuple(v[i] for v in grid.node(slice(None))) for i in (starts, starts + 1))
-    start, stop = (coordinate(xp, clock, place) for place in (level, end))
+    if churn.on:
+        level = tuple(np.array(column) for column in zip(*(churn.level(i) for i in starts)))
+    start, stop = field.coordinate(level), field.coordinate(end)
 
     def at(fraction: float) -> Level:
         if fraction in (0.0, 1.0):
             return end if fraction else level
-        return grid.at(half_log_snr_at(xp, clock, start + fraction * (stop - start)))
+        return field.level(start + fraction * (stop - start))
 
-    levels, slopes, stages = [at(fraction) for fraction in c], [], []
+    levels, first = [at(fraction) for fraction in c], field.size(level)
+    # Of a stage's y and of its f: the share of the y that the step left from, and the weights of m.
+    kept, column, found, stages = 1.0, [], [], []
     for i, place in enumerate(levels):
-        if clock == "lambda":
-            slopes.append(-place[2] / place[1])
-        else:
-            slopes.append(1.0 / scale(xp, "v", place) if integrand == "v" else 1.0)
+        linear, slope = field.slopes(place)
+        found.append((linear * kept, [*(linear * w for w in column), slope]))
         target, row = (end, b) if i + 1 == len(b) else (levels[i + 1], a[i + 1])
-        size = scale(xp, integrand, target)
-        step = size * (stop - start)
-        column = [step * weight * slope for weight, slope in zip(row, slopes)]
-        stages.append((size / scale(xp, integrand, level), column))
+        step = stop - start
+        kept = 1.0 + step * sum(weight * f for weight, (f, _) in zip(row, found))
+        column = [
+            step * sum(row[j] * found[j][1][k] for j in range(k, i + 1)) for k in range(i + 1)
+        ]
+        size = field.size(target)
+        stages.append((size / first * kept, [size * w for w in column]))
     return rows_of(levels, stages)
+
+
+def two_stage_method(place: float = 1.0) -> Butcher:
+    """The explicit method of order 2 with its second stage at `place`, a number above 0.
+
+    y' = y + H ((1 - 1 / (2 place)) f(y) + f(y + place H f(y)) / (2 place)): "heun" at 1, "ralston"
+    at 2/3, "midpoint" at 1/2; `alpha` of Karras et al. (2022), algorithm 3. Raises ValueError for a
+    place that is not positive, TypeError for anything but a number.
+    """
+    if isinstance(place, bool) or not isinstance(place, Real):
+        raise TypeError(f"place must be a number, got {place!r}")
+    if not 0 < place < np.inf:
+        raise ValueError(f"place must be positive and finite, got {place!r}")
+    return _filled(((float(place),),), (1.0 - 0.5 / place, 0.5 / place), (0.0, float(place)))
 
 
 def _butcher(method: Any) -> Butcher:

@@ -10,10 +10,10 @@ from jaxdiff.solvers.reverse_sde import (
     Step,
     TauLaw,
     at_end,
-    noise_clock,
     noise_levels,
     path_form,
     step,
+    step_clock,
 )
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -23,7 +23,7 @@ HIGHEST_ORDER = 4
 def sa_solver(
     grid: Grid, predictor: int = 3, corrector: int = 4, tau: TauLaw = 1.0,
     window: tuple[float, float] = (0.0, np.inf), integrand: str = "x0", mode: str = "pec",
-    variant: str = "exact", lower_order_final: bool = False,
+    variant: str = "exact", lower_order_final: bool = False, correct_last: bool = False,
 ) -> Tableau:  # fmt: skip
     """SA-Solver: Adams methods for the reverse SDE with noise tau.
 
@@ -40,7 +40,7 @@ def sa_solver(
 
     For tau > 0, weak order min(2, max(predictor, corrector)) and strong order 1, whatever the
     polynomials' degrees (1/2 where noise begins or ends between nodes: a `window`, a jump of tau,
-    or the quiet last step of "few_steps").
+    or the quiet last step of "few_steps"), on the `jaxdiff.BrownianPath` of the form `integrand`.
 
     Arguments:
       predictor: evaluations that the predictor uses, 1 to 4 (grown from 1 over the first steps).
@@ -50,22 +50,27 @@ def sa_solver(
       window: tau is 0 outside these sigma / alpha of a step's end.
       integrand: "x0"; or "eps", where noise does not damp the state (the authors advise against
         it).
-      mode: "pec", one evaluation a step; "pece" evaluates the corrected state too (but not before a
-        step to sigma = 0).
+      mode: "pec", one evaluation a step; "pece" evaluates the corrected state too (before a step to
+        sigma = 0 only with correct_last).
       variant: "exact"; or "few_steps", the official code's default: the last step has no noise, and
         in x0 polynomials of degree 1 take k h^2 / 2 for their slope's integral.
       lower_order_final: lower the orders to ..., 2, 1 over the last steps (the official code does).
+      correct_last: one more evaluation to correct the last state with sigma > 0 too, or, where a
+        step to sigma = 0 follows, to take x0 at the corrected state. With `denoise_to_zero` it is
+        the official code's more_steps. By default a last state is not corrected.
 
-    The last state is not corrected. Steps from alpha = 0 ("x0" only) and to sigma = 0 are of first
-    order, the latter without noise. Raises ValueError for options other than these.
+    Steps from alpha = 0 ("x0" only) and to sigma = 0 are of first order, the latter without noise.
+    Raises ValueError for options other than these, or correct_last without a corrector.
     """
     check_order(predictor, HIGHEST_ORDER, "predictor")
     check_order(corrector, HIGHEST_ORDER, "corrector", 0)
     check_choice("integrand", integrand, ("x0", "eps"))
     check_choice("mode", mode, ("pec", "pece"))
     check_choice("variant", variant, ("exact", "few_steps"))
+    if correct_last and not corrector:
+        raise ValueError("correct_last needs a corrector, got corrector=0")
     check_ends(grid, "sa_solver", noise=integrand == "x0", data=True)
-    xp, steps, twice = grid.xp, grid.steps, mode == "pece" and corrector > 0
+    xp, steps = grid.xp, grid.steps
     taus = noise_levels(grid, tau, window)
     if variant == "few_steps":
         taus[-1] = 0.0
@@ -84,7 +89,7 @@ def sa_solver(
         return found._replace(weights=[slope, whole - slope] if new else [whole + slope, -slope])
 
     rows, nodes, seen = [], [(0, 0)], []
-    for i in range(steps):
+    for i in range(steps + int(correct_last and not grid.ends[1])):
         level, last = grid.node(i), grid.ends[1] and i == steps - 1
         # The node at alpha = 0 leaves the history, where lambda is infinite.
         seen = [level] if grid.ends[0] and i == 1 else [level, *seen]
@@ -94,18 +99,22 @@ def sa_solver(
             count = min(corrector, steps - i + 2) if lower_order_final else corrector
             found = move(i - 1, places, count, new=True).weights
             state = Update([0.0, 1.0], by_age(ages[: len(found)], found))
-            if twice and not last:
+            if i == steps:
+                rows.append(Row(level, [state]))
+                break
+            again = correct_last if last else mode == "pece"
+            if again:
                 rows.append(Row(level, [state]))
                 state, seen, solution = Update([1.0]), [level, None, *seen[1:]], (len(rows), 0)
+        elif i == steps:  # after one step, from alpha = 0, which is of first order
+            break
         ages, places = _ages(seen)
         count = min(predictor, steps - i) if lower_order_final else predictor
         carry, found, noise = move(i, places, count)
         # What the corrector of this step shares with its predictor, noise included.
         held = Update([carry * s for s in state.s], [carry * m for m in state.m], noise)
         predicted = held._replace(m=_sum(held.m, by_age(ages[: len(found)], found)))
-        clock = None
-        if form:
-            clock = (0.0, 0.0) if last else noise_clock(xp, integrand, level, grid.node(i + 1))
+        clock = step_clock(grid, i, integrand) if form else None
         rows.append(Row(level, [predicted, held, state] if corrector else [predicted], clock))
         if i > 0:
             nodes.append(solution or ((len(rows), 2) if corrector else (i, 0)))

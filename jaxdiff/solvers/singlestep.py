@@ -1,11 +1,13 @@
 """DPM-Solver and DPM-Solver++ single-step: exponential Runge-Kutta of order 1, 2 and 3."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdiff.grids import Grid
+from jaxdiff.solvers.ancestral import check_noise_options
 from jaxdiff.solvers.clocks import check_choice, check_order
 from jaxdiff.solvers.exponential_rk import (
     Scheme,
@@ -16,7 +18,8 @@ from jaxdiff.solvers.exponential_rk import (
     two_stages,
     two_stages_weak,
 )
-from jaxdiff.solvers.tableau import Tableau, check_ends
+from jaxdiff.solvers.first_order import x0_clock
+from jaxdiff.solvers.tableau import Row, Tableau, assemble, check_ends
 
 
 def singlestep_plan(
@@ -42,7 +45,8 @@ def singlestep_plan(
 def dpm_solver_singlestep(
     grid: Grid, order: int = 2, integrand: str = "eps", solver_type: str = "dpmsolver",
     r1: float | None = None, r2: float | None = None, plan: Sequence[int] | None = None,
-    lower_order_final: bool | None = None, stages: str = "at",
+    lower_order_final: bool | None = None, stages: str = "at", eta: float = 0.0,
+    s_noise: float = 1.0,
 ) -> Tableau:  # fmt: skip
     """DPM-Solver-1, -2, -3 (integrand "eps") and DPM-Solver++(2S), (3S) (integrand "x0").
 
@@ -69,6 +73,12 @@ def dpm_solver_singlestep(
         `order` intervals are one step and the nodes between are the stages, wherever they lie
         (diffusers' singlestep scheduler; the authors' time_uniform and time_quadratic grids). Then
         r1 and r2 follow from the grid, which with order 3 must be smooth in lambda to keep it.
+      eta: ancestral noise, >= 0, with stages "at": a step goes past its end, to the level of
+        `euler_ancestral` with this eta but not below the last one of the grid with sigma > 0, and
+        noise brings it back. None in the step that ends there, or at sigma = 0. k-diffusion's
+        sample_dpm_fast with n evaluations is plan = singlestep_plan(n) on `grids.half_log_snr` with
+        as many steps.
+      s_noise: factor on that noise's standard deviation, >= 0; any but 1 leaves the marginals.
 
     A step to sigma = 0 is of order 1: its stages go, or with "nodes" belong to a step of their own.
     So is the step from alpha = 0, which "x0" supports. Raises ValueError for other options or a
@@ -78,32 +88,77 @@ def dpm_solver_singlestep(
     check_choice("integrand", integrand, ("eps", "x0"))
     check_choice("solver_type", solver_type, ("dpmsolver", "taylor", "midpoint"))
     check_choice("stages", stages, ("at", "nodes"))
+    check_noise_options(grid, "dpm_solver_singlestep", eta, s_noise)
+    if eta and stages == "nodes":
+        raise ValueError(f"stages='nodes' takes eta = 0, got {eta!r}")
     fractions = _fractions(r1, r2, order, plan, stages)
     check_ends(grid, "dpm_solver_singlestep", noise=integrand == "x0", data=True)
     if stages == "at":
         steps = _steps_at(grid, order, plan, lower_order_final)
     else:
         steps = _steps_on_nodes(grid, order, plan, lower_order_final)
-    blocks = {a: [first_order_row(grid, a, b, integrand)] for a, b, k in steps if k == 1}
+    # With noise a step ends past its node, on a path that goes down and up again.
+    path = _with_downs(grid, eta) if eta else grid
+    if eta:
+        steps = [(2 * a, 2 * a + 1, k) for a, _, k in steps]
+    blocks = {a: [first_order_row(path, a, b, integrand)] for a, b, k in steps if k == 1}
     for k in (2, 3):
         starts, ends = (np.array([s[j] for s in steps if s[2] == k], int) for j in (0, 1))
         if not len(starts):
             continue
         places, c = None, fractions[k]
+        lam, h = path.lam[starts], path.lam[ends] - path.lam[starts]
         if stages == "nodes":
             inner = [starts + j for j in range(1, k)]
             places = [tuple(a[i] for a in grid.node(slice(None))) for i in inner]
-            lam, h = grid.lam[starts], grid.lam[ends] - grid.lam[starts]
             c = tuple((grid.lam[i] - lam) / h for i in inner)
+        elif eta:
+            places = [grid.at(lam + fraction * h) for fraction in c]
         scheme = _scheme(k, solver_type, *c)
         blocks.update(
-            zip(starts.tolist(), stage_rows(grid, starts, ends, scheme, integrand, places))
+            zip(starts.tolist(), stage_rows(path, starts, ends, scheme, integrand, places))
         )
     ordered = [blocks[a] for a, _, _ in steps]
+    if eta:
+        return _with_noise(grid, path, ordered, integrand, s_noise)
     if stages == "at":
         return from_blocks(grid, ordered, integrand)
     # One row an interval: the solution at a stage's node is what the step has there.
     return from_blocks(grid, [[row] for block in ordered for row in block], integrand)
+
+
+def _with_downs(grid: Grid, eta: float) -> Grid:
+    """Node 2 i is the grid's i, 2 i + 1 (at the alpha of i + 1) is where step i's noise begins."""
+    xp, last = grid.xp, grid.steps - int(grid.ends[1])
+    if eta > 1 and xp is not np:
+        raise ValueError(f"eta above 1 needs a grid with nodes known on the host, got eta={eta!r}")
+    nodes = []
+    for i in range(grid.steps):
+        t, alpha, sigma = grid.node(i + 1)
+        if i + 1 < last:
+            shrink = sigma / alpha * grid.alpha[i] / grid.sigma[i]
+            share = xp.maximum(1.0 - eta**2 + (eta * shrink) ** 2, 0.0)
+            floor = alpha * grid.sigma[last] / grid.alpha[last]
+            sigma = xp.maximum(sigma * xp.sqrt(share), floor)
+        nodes += [grid.node(i), (t, alpha, sigma)]
+    t, alpha, sigma = (xp.stack(column) for column in zip(*nodes))
+    return dataclasses.replace(grid, t=t, alpha=alpha, sigma=sigma)
+
+
+def _with_noise(
+    grid: Grid, path: Grid, blocks: list[list[Row]], integrand: str, s_noise: float
+) -> Tableau:
+    """The steps of `path`, each with the noise that leads from its end to the grid's node."""
+    xp, last, rows, nodes = grid.xp, grid.steps - int(grid.ends[1]), [], [(0, 0)]
+    for i, block in enumerate(blocks):
+        *inner, row = block
+        if i + 1 < last:
+            up, down = grid.sigma[i + 1], path.sigma[2 * i + 1]
+            noise = s_noise * xp.sqrt((up - down) * (up + down))
+            row = row._replace(updates=[row.updates[0]._replace(z=noise)], clock=x0_clock(grid, i))
+        rows += [*inner, row]
+        nodes.append((len(rows), 0))
+    return assemble(rows, integrand, xp, nodes=nodes, brownian="x0")
 
 
 def _fractions(

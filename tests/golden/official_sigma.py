@@ -177,6 +177,19 @@ def edm(root):
     curved = ({"schedule": "vp", "scaling": "vp"}, {"schedule": "ve"})
     cases += [("ablation_sampler", {**SPAN, "solver": s, **c})
               for s in ("euler", "heun") for c in curved]  # fmt: skip
+    others = [("vp", "none", "euler", 1), ("vp", "none", "heun", 1), ("vp", "none", "heun", 2 / 3),
+              ("vp", "vp", "heun", 0.5), ("vp", "vp", "heun", 0.8), ("ve", "none", "heun", 0.5),
+              ("ve", "vp", "euler", 1), ("ve", "vp", "heun", 1), ("ve", "vp", "heun", 2 / 3),
+              ("linear", "vp", "euler", 1), ("linear", "vp", "heun", 1),
+              ("linear", "vp", "heun", 0.5)]  # fmt: skip
+    cases += [("ablation_sampler", {**SPAN, "schedule": schedule, "scaling": scaling,
+                                    "solver": solver, "alpha": alpha})
+              for schedule, scaling, solver, alpha in others]  # fmt: skip
+    cases += [("ablation_sampler", {**SPAN, "solver": s, **c, **churn})
+              for s in ("euler", "heun") for c in curved]  # fmt: skip
+    # As published for VP and VE networks.
+    cases += [("ablation_sampler", {"discretization": "vp", "solver": "heun", **curved[0]}),
+              ("ablation_sampler", {"discretization": "ve", "solver": "heun", **curved[1]})]
     for name, options in cases:
         yield name, options, functools.partial(run, name, options)
 

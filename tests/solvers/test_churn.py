@@ -68,3 +68,23 @@ def test_churn_of_a_discrete_process_stays_on_its_table():
     assert gamma[0] == 0 and gamma[1] > 0
     np.testing.assert_allclose(tableau.sigma / tableau.alpha, (1 + gamma) * rho, rtol=1e-10)
     np.testing.assert_allclose(tableau.alpha, process.alpha(tableau.t), rtol=1e-12)
+
+
+@pytest.mark.parametrize("end", ["t_min", "zero"])
+def test_runge_kuttas_churn_is_that_of_euler_and_heun(end):
+    """In "rho" tables and noise are theirs; in another clock the noise is."""
+    churn = {"s_churn": 3.0, "s_min": 0.1, "s_max": 10.0, "s_noise": 1.01}
+    grid = jd.grids.karras(jd.processes.vp_linear(), 5, end=end)
+    for name in ("euler", "heun"):
+        ours = jd.solvers.runge_kutta(grid, name, **churn)
+        theirs = getattr(jd.solvers, name)(grid, **churn)
+        for field in ("A", "B", "t", "sigma"):
+            np.testing.assert_allclose(
+                getattr(ours, field), getattr(theirs, field), rtol=1e-9, atol=1e-12
+            )
+        np.testing.assert_array_equal(ours.nodes[1:-1], theirs.nodes[1:-1])
+        other = jd.solvers.runge_kutta(grid, name, "t", **churn)
+        assert other.draws == ours.draws == theirs.draws > 0
+        for table in (ours, other):
+            np.testing.assert_allclose(table.C, theirs.C, rtol=1e-9)
+            np.testing.assert_allclose(table.alpha, theirs.alpha, rtol=1e-9)

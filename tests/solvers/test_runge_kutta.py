@@ -7,7 +7,7 @@ import pytest
 from oracles import BROAD, fitted_order, median_error
 
 import jaxdiff as jd
-from jaxdiff.solvers.runge_kutta import METHODS, kdpm2, runge_kutta
+from jaxdiff.solvers.runge_kutta import METHODS, kdpm2, runge_kutta, two_stage_method
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep
 
 PROCESS = jd.processes.vp_linear()
@@ -200,6 +200,93 @@ def test_in_lambda_large_steps_are_unstable():
         np.testing.assert_allclose(exact, np.exp(-3 * h), rtol=1e-12)
 
 
+# --- clocks that leave a linear part --------------------------------------------------------------
+
+EDM_GRID = jd.grids.from_times(jd.processes.edm(), GRID.sigma / GRID.alpha)
+SCHEDULES = {  # of a clock: (its value at rho, rho, d rho / dclock)
+    "t": (
+        lambda rho: (np.sqrt(0.01 + 39.8 * np.log1p(rho**2)) - 0.1) / 19.9,
+        lambda t: np.sqrt(np.expm1(9.95 * t**2 + 0.1 * t)),
+        lambda t, rho: 0.5 * (0.1 + 19.9 * t) * (rho + 1 / rho),
+    ),
+    "rho2": (lambda rho: rho**2, np.sqrt, lambda t, rho: 0.5 / rho),
+    "rho": (lambda rho: rho, lambda t: t, lambda t, rho: 1.0),
+}
+SCALINGS = {  # s, d log s / d rho
+    "vp": (lambda rho: 1 / np.hypot(1, rho), lambda rho: -rho / (1 + rho**2)),
+    "none": (lambda rho: 1.0, lambda rho: 0.0),
+}
+
+
+def generalised_heun(clock, scaling, place, y, levels):
+    """Karras et al. (2022), algorithm 3, on y = x / alpha between two levels of sigma / alpha."""
+    show, level, rate = SCHEDULES[clock]
+    s, log_rate = SCALINGS[scaling]
+
+    def slope(t, x):
+        rho = level(t)
+        x0 = data(x / s(rho), 1.0, rho)
+        linear = rate(t, rho) * (1 / rho + log_rate(rho))
+        return linear * x - rate(t, rho) * s(rho) / rho * x0
+
+    t, stop = (show(rho) for rho in levels)
+    x, h = s(levels[0]) * y, stop - t
+    first = slope(t, x)
+    second = slope(t + place * h, x + place * h * first)
+    x = x + h * ((1 - 0.5 / place) * first + 0.5 / place * second)
+    return x / s(levels[1])
+
+
+@pytest.mark.parametrize("place", [1.0, 2 / 3])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("clock", SCHEDULES)
+def test_a_step_is_edms_generalised_heun_for_any_process(clock, scaling, place):
+    method = two_stage_method(place)
+    by_process = {"t": PROCESS}.get(clock, clock)
+    for grid, choice in ((GRID, clock), (EDM_GRID, by_process)):
+        x = BROAD.sample(np.random.default_rng(0), 4, grid.alpha[0], grid.sigma[0])
+        table = runge_kutta(grid, method, choice, scaling=scaling)
+        y = follow(table, BROAD.eps, x) / grid.alpha[:, None, None]
+        rho = grid.sigma / grid.alpha
+        for i in range(grid.steps):
+            expected = generalised_heun(clock, scaling, place, y[i], rho[i : i + 2])
+            np.testing.assert_allclose(y[i + 1], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_in_its_own_time_a_process_has_its_own_scaling():
+    for plain, scaled in ((("t", None), ("t", "vp")), ((PROCESS, None), (PROCESS, "vp"))):
+        one, other = (runge_kutta(GRID, "heun", c, scaling=s) for c, s in (plain, scaled))
+        assert_same(one, other)
+    assert_same(runge_kutta(EDM_GRID, "heun", "t"), runge_kutta(EDM_GRID, "heun"))
+
+
+def test_in_rectified_flows_own_time_the_method_is_that_in_tau():
+    """dx / dt = flow. The one works in eps, the other in flow: compared on a trajectory."""
+    grid = jd.grids.uniform(jd.processes.flow(), 6, t_max=0.95, t_min=0.05)
+    x = BROAD.sample(np.random.default_rng(1), 4, grid.alpha[0], grid.sigma[0])
+    for method in ("rk4", "kutta3"):
+        own = follow(runge_kutta(grid, method, "t"), BROAD.eps, x)
+        in_tau = follow(runge_kutta(grid, method, "tau"), flow, x)
+        np.testing.assert_allclose(own, in_tau, rtol=1e-9)
+
+
+def test_two_stages_have_names():
+    for name, place in (("heun", 1.0), ("ralston", 2 / 3), ("midpoint", 0.5)):
+        assert_same(runge_kutta(GRID, two_stage_method(place)), runge_kutta(GRID, name))
+
+
+def test_eulers_last_step_in_the_clock_misses_the_data():
+    """With t = sigma^2 it goes halfway: x' = x - t (x - x0) / (2 t). In rho it is x0."""
+    to_zero = jd.grids.karras(jd.processes.edm(), 1, end="zero")
+    x = BROAD.sample(np.random.default_rng(1), 4, 1.0, to_zero.sigma[0])
+    x0 = data(x, 1.0, to_zero.sigma[0])
+    for clock, last, expected in (
+        ("rho2", "clock", (x + x0) / 2), ("rho", "clock", x0), ("rho2", "euler", x0)
+    ):  # fmt: skip
+        end = follow(runge_kutta(to_zero, "heun", clock, last), BROAD.eps, x)[-1]
+        np.testing.assert_allclose(end, expected, rtol=1e-9, atol=1e-11)
+
+
 # --- ends -----------------------------------------------------------------------------------------
 
 
@@ -256,6 +343,7 @@ def test_a_traced_grid_makes_the_same_table(x64):
     def coefficients(t):
         grid = jd.grids.from_times(PROCESS, t)
         tables = [runge_kutta(grid, "kutta3", "angle"), kdpm2(grid)]
+        tables.append(runge_kutta(grid, "kutta3", jd.processes.vp_cosine(), scaling="none"))
         return [(table.A, table.B, table.t) for table in tables]
 
     for got, want in zip(
@@ -271,9 +359,13 @@ def test_a_traced_grid_makes_the_same_table(x64):
     ("options", "message"),
     [
         ({"method": "rk5"}, "method must be one of .*'rk4'.*got 'rk5'"),
-        ({"clock": "t"}, "clock must be one of .*'rho'.*got 't'"),
-        ({"last": "none"}, "last must be one of .*'euler', 'full'.*got 'none'"),
-        ({"clock": "kappa", "last": "full"}, "finite at sigma = 0, not 'kappa'"),
+        ({"clock": "s"}, "clock must be one of .*'rho'.*'t'.*got 's'"),
+        ({"scaling": "ve"}, "scaling must be one of .*'none', 'vp'.*got 've'"),
+        ({"last": "none"}, "last must be one of .*'euler', 'clock', 'full'.*got 'none'"),
+        ({"clock": "kappa", "last": "full"}, "finite at sigma = 0, as is its rate, not 'kappa'"),
+        ({"clock": "t", "last": "full"}, "finite at sigma = 0, as is its rate, not 't'"),
+        ({"clock": "lambda", "last": "clock"}, "finite at sigma = 0, not 'lambda'"),
+        ({"clock": jd.processes.ve(), "last": "clock"}, "finite at sigma = 0, not VE"),
         ({"method": diffrax.Kvaerno3.tableau}, "must be explicit"),
         ({"method": ([[0.5]], [1.0], [0.5])}, "strictly lower triangular"),
         ({"method": ([[0.0]], [0.5], [0.0])}, "b to 1, got"),
@@ -288,6 +380,13 @@ def test_bad_options_are_named(options, message):
 def test_options_of_a_wrong_type_are_named():
     with pytest.raises(TypeError, match="a name, a diffrax.ButcherTableau or arrays"):
         runge_kutta(GRID, 4)
+    with pytest.raises(TypeError, match="clock must be a name or a process, got int"):
+        runge_kutta(GRID, clock=4)
+    with pytest.raises(ValueError, match="'t' needs a grid from a process"):
+        runge_kutta(jd.grids.from_arrays([3.0, 1.0], [1.0, 1.0], [3.0, 1.0]), clock="t")
+    for place, kind in (("half", TypeError), (True, TypeError), (0.0, ValueError)):
+        with pytest.raises(kind, match="place must be"):
+            two_stage_method(place)
     with pytest.raises(TypeError, match="r must be a number, got 'half'"):
         kdpm2(GRID, "half")
     with pytest.raises(ValueError, match=r"r must be in \(0, 1\], got 0.0"):

@@ -40,6 +40,23 @@ def test_without_noise_it_is_exponential_adams(x64, end, lower):
     np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("end", ["t_min", "zero"])
+@pytest.mark.parametrize("kind", ["x0", "eps"])
+@pytest.mark.parametrize("tau", [0.0, 0.6, 1.0])
+def test_without_a_corrector_it_is_the_dpm_solvers_with_tau_squared(end, kind, tau):
+    """Tables, noise and clocks of SDE-DPM-Solver(++), whose eta is tau^2 and whose step is exact."""
+    grid = jd.grids.karras(PROCESS, 6, end=end)
+    names = {"x0": "dpm_solver_pp_sde_multistep", "eps": "dpm_solver_sde_multistep"}
+    for order in (1, 2, 3):
+        ours = sa_solver(grid, order, 0, tau, integrand=kind)
+        theirs = getattr(jd.solvers, names[kind])(
+            grid, order, tau**2, solver_type="heun", lower_order_final=False
+        )
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
 def test_of_first_order_it_is_ddim_with_all_noise():
     ours, ddim = sa_solver(GRID, 1, 0), jd.solvers.ddim(GRID, eta=1.0)
     for field in ("A", "B", "C", "clock"):
@@ -99,8 +116,9 @@ def test_noise_falls_in_the_window():
     table = sa_solver(GRID, window=(0.05, 1.0))
     np.testing.assert_array_equal(table.C[:, 0] != 0, inside)
     assert table.draws == inside.sum() and table.brownian == "x0"
-    assert sa_solver(GRID, tau=0.5).brownian is None
+    assert sa_solver(GRID, tau=0.5).brownian == "x0"
     assert sa_solver(GRID, tau=0.5, integrand="eps").brownian == "eps"
+    assert sa_solver(GRID, tau=0.0).brownian is None
 
 
 def test_the_law_is_taken_at_the_end_of_a_step():
@@ -146,6 +164,32 @@ def test_pece_evaluates_corrected_states_too(x64):
     np.testing.assert_allclose(got, np.stack(states), rtol=1e-9)
 
 
+IN_EPS = {"predictor": 2, "corrector": 3, "integrand": "eps"}
+
+
+@pytest.mark.parametrize(
+    ("end", "mode", "options"),
+    [("t_min", "pec", {}), ("t_min", "pece", IN_EPS), ("zero", "pec", IN_EPS), ("zero", "pece", {})],
+)
+def test_a_corrected_last_state_is_what_the_next_step_would_start_from(x64, end, mode, options):
+    """The longer run's corrected node; to sigma = 0, x0 at that state."""
+    whole = jd.grids.karras(PROCESS, 6, t_min=0.01)
+    part = jd.grids.from_times(PROCESS, whole.t[:-1], end=end)
+    x = np.random.default_rng(4).normal(size=(3, 2))
+    noise = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3, 2)))
+    options = {**options, "mode": mode, "tau": 0.6}
+    nodes = jd.sample(mixture(), sa_solver(whole, **options), x, noise=noise, save="nodes")
+    corrected = np.asarray(nodes[-2])
+    table = sa_solver(part, correct_last=True, **options)
+    assert table.nfe == sa_solver(part, **options).nfe + 1 and table.draws == 5
+    got = jd.sample(mixture(), table, x, noise=noise[:5], save="nodes")
+    expected = [corrected]
+    if end == "zero":
+        _, a, sigma = whole.node(5)
+        expected.append((corrected + sigma**2 * BROAD.score(corrected, a, sigma)) / a)
+    np.testing.assert_allclose(got[5:], np.stack(expected), rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -158,6 +202,7 @@ def test_pece_evaluates_corrected_states_too(x64):
         ({"window": (1.0, 0.1)}, ValueError, r"window must be .*\(1.0, 0.1\)"),
         ({"integrand": "v"}, ValueError, "integrand must be one of .*'v'"),
         ({"mode": "pecec"}, ValueError, "mode must be one of .*'pecec'"),
+        ({"corrector": 0, "correct_last": True}, ValueError, "needs a corrector, got corrector=0"),
         ({"variant": "more_steps"}, ValueError, "variant must be one of .*'more_steps'"),
     ],
 )

@@ -4,6 +4,7 @@ from jaxdiff.solvers.catalogue.entry import Entry, Exactness, Setting
 from jaxdiff.solvers.runge_kutta import kdpm2, runge_kutta
 
 FLOW = {"integrand": "flow", "ends": (True, True), "paper": "rectified_flow"}
+TWO = {"nfe_per_step": 2, "paper": "edm"}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -53,6 +54,21 @@ ENTRIES: tuple[Entry, ...] = (
             "ralston_lambda": Setting(
                 {"method": "ralston", "clock": "lambda"}, 2, nfe_per_step=2
             ),
+            # EDM's ablation: the VP and VE schedules' own clocks, VP's scaling.
+            "euler_t": Setting(
+                {"method": "euler", "clock": "t"}, 1, nfe_per_step=1, paper="edm"
+            ),
+            "heun_t": Setting({"method": "heun", "clock": "t"}, 2, **TWO),
+            "midpoint_t": Setting({"method": "midpoint", "clock": "t"}, 2, **TWO),
+            "ralston_t": Setting({"method": "ralston", "clock": "t"}, 2, **TWO),
+            "heun_t_unscaled": Setting(
+                {"method": "heun", "clock": "t", "scaling": "none"}, 2, **TWO
+            ),
+            "heun_rho2": Setting({"method": "heun", "clock": "rho2"}, 2, **TWO),
+            "heun_t_churn": Setting(
+                {"method": "heun", "clock": "t", "s_churn": 10.0}, 2, False, **TWO
+            ),
+            "heun_vp_scaling": Setting({"method": "heun", "scaling": "vp"}, 2, **TWO),
         },
         4, "eps", (False, True), "deis", "Runge-Kutta",
     ),

@@ -15,7 +15,7 @@ ENTRIES: tuple[Entry, ...] = (
             "sa_solver_1": Setting({"predictor": 1, "corrector": 0}, 1, False, strong=1),
             "sa_solver_2": Setting({"predictor": 2, "corrector": 0}, 2, False, strong=1),
             "sa_solver_2_2": Setting({"predictor": 2, "corrector": 2}, 2, False, strong=1),
-            "sa_solver_tau_half": Setting({"tau": 0.5}, 2, False),
+            "sa_solver_tau_half": Setting({"tau": 0.5}, 2, False, strong=1),
             # Noise begins and ends at nodes, which move with the steps: by order 1/2 in the path.
             "sa_solver_window": Setting({"window": (0.05, 1.0)}, 2, False, strong=0.5),
             "sa_solver_few_steps": Setting(
@@ -25,6 +25,7 @@ ENTRIES: tuple[Entry, ...] = (
             "sa_solver_pece": Setting(
                 {"mode": "pece"}, 2, False, nfe_per_step=2, extra=-1, strong=1
             ),
+            "sa_solver_correct_last": Setting({"correct_last": True}, 2, False, extra=1, strong=1),
             "sa_solver_eps": Setting(
                 {"integrand": "eps", "predictor": 2, "corrector": 2}, 2, False, integrand="eps",
                 ends=(False, True), strong=1,

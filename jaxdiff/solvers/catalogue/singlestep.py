@@ -56,6 +56,16 @@ ENTRIES: tuple[Entry, ...] = (
             "dpm_solver_pp_3s_nodes": Setting(
                 {"order": 3, "integrand": "x0", "stages": "nodes"}, 1.5, nfe_per_step=1, **DATA
             ),
+            "dpm_solver_3s_ancestral": Setting(
+                {"order": 3, "eta": 1.0}, 3, False, nfe_per_step=3, strong=1, paper="k_diffusion"
+            ),
+            "dpm_solver_3s_ancestral_eta_half": Setting(
+                {"order": 3, "eta": 0.5}, 3, False, nfe_per_step=3, strong=1, paper="k_diffusion"
+            ),
+            "dpm_solver_pp_3s_ancestral": Setting(
+                {"order": 3, "integrand": "x0", "eta": 1.0}, 3, False, integrand="x0",
+                ends=(True, True), nfe_per_step=3, strong=1, paper="k_diffusion",
+            ),
         },
         2, "eps", (False, True), "dpm_solver", "exponential Runge-Kutta",
     ),
