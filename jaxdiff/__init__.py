@@ -25,7 +25,9 @@ from jaxdiff.noise import sample_keys as sample_keys
 from jaxdiff.sampling import sample as sample
 
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
-_LAZY = ("ablation", "data", "learned_variance", "metrics", "models", "parallel", "training")
+_LAZY = (
+    "ablation", "calibration", "data", "learned_variance", "metrics", "models", "parallel", "training",
+)  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -178,7 +178,7 @@ def _evaluate(arguments, experiment, tableau, options, source, scales, count) ->
 
 def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(experiment, tableau, sampler options): the run's own, with the command line's on top."""
-    from jaxdiff.experiment import check_seed, make_tableau, sampler
+    from jaxdiff.experiment import check_seed, is_stored, make_tableau, sampler
     from jaxdiff.solvers import own_grid
     from jaxdiff.training.run import read_experiment
 
@@ -197,6 +197,11 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     for name in ("solver", "steps", "grid", "seed", "guidance", "batch_size"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
+    if is_stored(options["solver"]):
+        for name in ("steps", "grid", "option", "grid_option"):
+            if getattr(arguments, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"the file {options['solver']!r} has its own: {flag} cannot change it")
     options["options"] = options["options"] | dict(arguments.option)
     options["grid_options"] = dict(options["grid_options"]) | dict(arguments.grid_option)
     check_seed("--seed", options["seed"])
@@ -260,7 +265,11 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
 def _sampler_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="the folder of a run")
-    add("--solver", help="a name of jaxdiff.solvers.CATALOGUE (default: the run's)")
+    add(
+        "--solver",
+        help="a name of jaxdiff.solvers.CATALOGUE, or a file of jaxdiff.solvers.save (default: the "
+        "run's)",
+    )
     add("--steps", type=int, help="steps of the grid (default: the run's)")
     add("--grid", help="a name of jaxdiff.grids (default: the run's)")
     add(

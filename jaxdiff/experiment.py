@@ -190,10 +190,16 @@ def make_tableau(
     process: Process, solver: str, steps: int, grid: str,
     options: Mapping[str, Any] | None = None, grid_options: Mapping[str, Any] | None = None,
 ) -> Tableau:  # fmt: skip
-    """A tableau by names, on the grid shifted by the grid option `shift`.
+    """A tableau by names, on the grid shifted by the grid option `shift`; or a stored one.
 
-    Raises ValueError for unknown names, with the nearest.
+    `solver` may be a file of `jaxdiff.solvers.save`, "name.json", which has steps, grid and options
+    of its own: those given here are not used. Raises ValueError for unknown names, with the nearest,
+    and for a file that was made for another process.
     """
+    if is_stored(solver):
+        tableau = solvers.load(solver)
+        _check_process(process, tableau, solver)
+        return tableau
     solvers.find(solver)
     if grid not in GRIDS:
         raise ValueError(unknown("unknown grid", grid, GRIDS))
@@ -202,6 +208,23 @@ def make_tableau(
     shift = own.pop("shift", 1.0)
     nodes = grids.shifted(build(process, steps, **own), shift)
     return solvers.build(solver, nodes, **(options or {}))
+
+
+def is_stored(solver: str) -> bool:
+    """Whether a solver's name is that of a file."""
+    return solver.endswith(".json")
+
+
+def _check_process(process: Process, tableau: Tableau, name: str) -> None:
+    for level in ("alpha", "sigma"):
+        there = np.asarray(getattr(tableau, level))
+        here = np.asarray(getattr(process, level)(np.asarray(tableau.t)))
+        if not np.allclose(there, here, rtol=1e-4, atol=1e-6):
+            i = int(np.argmax(np.abs(there - here)))
+            raise ValueError(
+                f"{name!r} was made for another process: at t = {tableau.t[i]:.6g} it has {level} = "
+                f"{there[i]:.6g}, this one {here[i]:.6g}"
+            )
 
 
 def _call(choices: Mapping[str, Any], section: ConfigDict, **extra: Any) -> Any:

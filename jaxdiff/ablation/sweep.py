@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdiff import solvers
 from jaxdiff.denoisers import clip_x0, dynamic_threshold
-from jaxdiff.experiment import check_seed, make_tableau
+from jaxdiff.experiment import check_seed, is_stored, make_tableau
 from jaxdiff.names import nearest, unknown
 from jaxdiff.processes import Process
 from jaxdiff.settings import GRIDS
@@ -47,7 +47,8 @@ def product(**axes: Any) -> Sweep:
 
     Axes (`solver`, and `steps` or `nfe`, are needed):
 
-      solver: a name of `jaxdiff.solvers.CATALOGUE`, one of its settings, or an alias.
+      solver: a name of `jaxdiff.solvers.CATALOGUE`, one of its settings, an alias, or a file of
+        `jaxdiff.solvers.save`, which has steps, grid and options of its own.
       options: a mapping of the solver's options.
       grid: a name of a spacing of `jaxdiff.grids`; by default the alias's own, or "half_log_snr".
       grid_options: a mapping of its options.
@@ -121,6 +122,34 @@ def make_cells(
 def _make_cell(
     axes: Mapping[str, Any], processes: Mapping[str, Process], networks: Sequence[str]
 ) -> Cell:
+    process = _choose("process", axes, processes)
+    network = _choose("network", axes, networks)
+    make = _stored if is_stored(axes["solver"]) else _built
+    tableau = make(axes, processes[process])
+    seed, guidance = axes.get("seed", 0), float(axes.get("guidance", 1.0))
+    check_seed("seed", seed)
+    if not np.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    thresholding = axes.get("thresholding")
+    if isinstance(thresholding, str):
+        thresholding = {"name": thresholding}
+    if thresholding is not None and thresholding.get("name") not in THRESHOLDS:
+        raise ValueError(unknown("unknown thresholding", thresholding.get("name"), THRESHOLDS))
+    return Cell(axes, tableau, network, process, guidance, thresholding, seed)
+
+
+def _stored(axes: Mapping[str, Any], process: Process) -> Tableau:
+    name = axes["solver"]
+    tableau = make_tableau(process, name, 0, "")
+    own = set(axes) - {"solver", "nfe", "network", "process", "guidance", "thresholding", "seed"}
+    if own:
+        raise ValueError(f"the file {name!r} has its own {', '.join(sorted(own))}")
+    if axes["nfe"] != int(tableau.nfe):
+        raise ValueError(f"the file {name!r} has nfe = {int(tableau.nfe)}, got {axes['nfe']!r}")
+    return tableau
+
+
+def _built(axes: Mapping[str, Any], process: Process) -> Tableau:
     name = axes["solver"]
     entry, preset = solvers.find(name)
     grid, own = solvers.own_grid(name) or ("half_log_snr", {})
@@ -141,27 +170,14 @@ def _make_cell(
             neither = f"is no axis and no option of {name!r} or {grid!r}; {nearest(axis, known)}"
             raise ValueError(f"{axis!r} {both if takers else neither}")
         takers[0][axis] = value
-    process = _choose("process", axes, processes)
-    network = _choose("network", axes, networks)
 
     def build(steps):
-        return make_tableau(processes[process], name, steps, grid, options, grid_options)
+        return make_tableau(process, name, steps, grid, options, grid_options)
 
     if "steps" in axes:
-        tableau = build(axes["steps"])
-    else:
-        each = entry.nfe_per_step_of(_setting(entry, name, {**preset, **options}))
-        tableau = _with_evaluations(build, axes["nfe"], each)
-    seed, guidance = axes.get("seed", 0), float(axes.get("guidance", 1.0))
-    check_seed("seed", seed)
-    if not np.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-    thresholding = axes.get("thresholding")
-    if isinstance(thresholding, str):
-        thresholding = {"name": thresholding}
-    if thresholding is not None and thresholding.get("name") not in THRESHOLDS:
-        raise ValueError(unknown("unknown thresholding", thresholding.get("name"), THRESHOLDS))
-    return Cell(axes, tableau, network, process, guidance, thresholding, seed)
+        return build(axes["steps"])
+    each = entry.nfe_per_step_of(_setting(entry, name, {**preset, **options}))
+    return _with_evaluations(build, axes["nfe"], each)
 
 
 def _choose(axis: str, axes: Mapping[str, Any], known: Iterable[str]) -> str:
