@@ -9,6 +9,9 @@ program under `vmap` runs them all: a program is compiled for each number of eva
 each sampler.
 """
 
+from jaxdiff.ablation.report import error_against_nfe as error_against_nfe
+from jaxdiff.ablation.report import heat_map as heat_map
+from jaxdiff.ablation.report import pareto_front as pareto_front
 from jaxdiff.ablation.report import report as report
 from jaxdiff.ablation.run import run as run
 from jaxdiff.ablation.sweep import Sweep as Sweep

@@ -17,18 +17,19 @@ LINES = 10  # samplers in the first picture: more cannot be told apart
 def report(table: Table, folder: str | Path, error: str = "error", title: str = "") -> None:
     """Write table.csv, table.json, report.md and its pictures into `folder`.
 
-    error_against_nfe.png: medians over seeds, the band from the least to the largest, of the ten
-    samplers that are best somewhere or most often near it; pareto.png: every sampler, and those that
-    no other beats in both; heat_map.png, where two axes or more have several values: the median at
-    each pair of values of the two with the most. Raises KeyError if `error` is no column.
+    The pictures are `error_against_nfe`, `pareto_front` and, where two axes have several values,
+    `heat_map`. Raises KeyError if `error` is no column.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table[error]
     table.to_csv(folder / "table.csv")
     table.to_json(folder / "table.json")
-    pictures = {"error_against_nfe.png": _against_nfe(table, error), "pareto.png": _pareto(table, error)}
-    heat = _heat_map(table, error)
+    pictures = {
+        "error_against_nfe.png": error_against_nfe(table, error),
+        "pareto.png": pareto_front(table, error),
+    }
+    heat = heat_map(table, error)
     if heat is not None:
         pictures["heat_map.png"] = heat
     for name, figure in pictures.items():
@@ -75,7 +76,8 @@ def _chosen(lines: dict[str, dict[int, np.ndarray]]) -> list[str]:
     return sorted(ratios, key=ratios.get)[:LINES]
 
 
-def _against_nfe(table: Table, error: str) -> Figure:
+def error_against_nfe(table: Table, error: str = "error") -> Figure:
+    """Medians over seeds with the band from the least to the largest, of the ten best samplers."""
     lines = _labelled(table, error)
     figure = new_figure(8.0, 4.5)
     axis = figure.subplots()
@@ -91,7 +93,8 @@ def _against_nfe(table: Table, error: str) -> Figure:
     return figure
 
 
-def _pareto(table: Table, error: str) -> Figure:
+def pareto_front(table: Table, error: str = "error") -> Figure:
+    """Every sampler, and those that no other beats in both evaluations and error."""
     figure = new_figure(6.5, 4.5)
     axis = figure.subplots()
     for points in _labelled(table, error).values():
@@ -111,13 +114,19 @@ def _axes(axis: Any, error: str, nfe: Sequence[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _heat_map(table: Table, error: str) -> Figure | None:
+def heat_map(
+    table: Table, error: str = "error", axes: tuple[str, str] | None = None
+) -> Figure | None:
+    """The least of `error` for each pair of values of two axes, rows and columns.
+
+    By default the two with the most values; None if there are no two.
+    """
     counts = {name: len({str(r.get(name)) for r in table.rows}) for name in varied(table)}
     if len(set(table["nfe"].tolist())) > 1:
         counts["nfe"] = len(set(table["nfe"].tolist()))
-    if len(counts) < 2:
+    if axes is None and len(counts) < 2:
         return None
-    down, across = sorted(counts, key=counts.get, reverse=True)[:2]
+    down, across = axes or sorted(counts, key=counts.get, reverse=True)[:2]
     groups = table.group((down, across), error)
     keys = [list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1)]
     cells = np.full([len(k) for k in keys], np.nan)
@@ -127,9 +136,11 @@ def _heat_map(table: Table, error: str) -> Figure | None:
     figure = new_figure(2.5 + 0.8 * len(keys[1]), 1.2 + 0.3 * len(keys[0]))
     axis = figure.subplots()
     image = axis.imshow(np.log10(cells), aspect="auto", cmap="viridis_r")
+    middle = np.nanmean([np.nanmin(np.log10(cells)), np.nanmax(np.log10(cells))])
     for (i, j), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w")
+            color = "w" if np.log10(value) > middle else "k"
+            axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
     axis.set_yticks(range(len(keys[0])), [str(k) for k in keys[0]], fontsize=7)
     axis.set_xticks(range(len(keys[1])), [str(k) for k in keys[1]], fontsize=7, rotation=30)
     axis.set(xlabel=across, ylabel=down)
