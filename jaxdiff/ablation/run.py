@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from jaxdiff.files import write_text
 from jaxdiff.guidance import classifier_free
 from jaxdiff.noise import sample_keys
 from jaxdiff.processes import Process
-from jaxdiff.sampling import sample
+from jaxdiff.sampling import check_call, sample
 from jaxdiff.solvers.combine import stack
 from jaxdiff.solvers.tableau import Tableau
 
@@ -157,22 +158,21 @@ class _Lab:
     cond: Any
     null: Any
     programs: set = dataclasses.field(default_factory=set)
-    starts: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
+    starts: dict[tuple[str, int], tuple] = dataclasses.field(default_factory=dict)
     temporary: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def start(self, cell: Cell) -> jax.Array:
         """x_T, [count, ...]: decided by the process, the seed and the sample's number."""
-        key = cell.process, cell.seed
-        if key not in self.starts:
-            keys = sample_keys(self.keys(cell)[0], np.arange(self.shape[0]))
-            self.starts[key] = self.processes[cell.process].prior(
-                keys, self.shape, jnp.result_type(float)
-            )
-        return self.starts[key]
+        return self._drawn(cell)[0]
 
-    def keys(self, cell: Cell) -> tuple[jax.Array, jax.Array]:
-        """(key of x_T, key of the noise), as in `jaxdiff sample`."""
-        return tuple(jax.random.split(jax.random.key(cell.seed)))
+    def _drawn(self, cell: Cell) -> tuple[jax.Array, jax.Array]:
+        """(x_T, the samples' keys of noise)."""
+        name = cell.process, cell.seed
+        if name not in self.starts:
+            process = jax.tree.map(as_array, self.processes[cell.process])
+            seed = jnp.uint32(cell.seed)
+            self.starts[name] = _draw(process, seed, self.shape, structure_hash(process))
+        return self.starts[name]
 
     def _strengths(self, cells: Sequence[Cell]) -> Any:
         options = [
@@ -185,11 +185,11 @@ class _Lab:
 
     def _call(self, stacked: Tableau, cells: Sequence[Cell], chosen: Any, mesh: Any) -> tuple:
         """The arguments of `_run` for the cells with these numbers."""
-        ids, some = np.arange(self.shape[0]), [cells[i] for i in chosen]
+        some = [cells[i] for i in chosen]
+        drawn = [self._drawn(c) for c in some]
         inputs = (
             jax.tree.map(lambda a: as_array(a[np.asarray(chosen)]), stacked),
-            jnp.stack([self.start(c) for c in some]),
-            jnp.stack([sample_keys(self.keys(c)[1], ids) for c in some]),
+            *(jnp.stack(values) for values in zip(*drawn)),
             self._strengths(some),
         )
         first = cells[0]
@@ -200,13 +200,12 @@ class _Lab:
         return inputs, (denoiser, cond, null), kinds, structure_hash(denoiser, inputs, cond)
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise what sampling these cells raises; traces, but computes nothing."""
-        shape = (self.shape[0],)
+        """Raise what sampling these cells raises, but for what a trace alone can find."""
         for cell in cells:
-            denoiser = self.networks[cell.network]
-            denoiser.check(*shape, self.cond, cell.tableau.alpha)
-        stacked = stack([c.tableau for c in cells])
-        eqx.filter_eval_shape(_run, *self._call(stacked, cells, [0], None))
+            denoiser, x, keys = self.networks[cell.network], *self._drawn(cell)
+            if cell.guidance != 1.0:
+                denoiser = classifier_free(denoiser, cell.guidance, self.null)
+            check_call(denoiser, cell.tableau, x, keys, None, self.cond, "final", None, None)
 
     def chunk(self, cells: Sequence[Cell], stacked: Tableau, memory: int, devices: int) -> int:
         """How many cells fit into `memory`, from one evaluation of the network and the states."""
@@ -238,6 +237,15 @@ class _Lab:
             samples = np.asarray(_run(*call))
             chunk = list(cells[first : first + size])
             yield chunk, samples[: len(chunk)]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw(process: Process, seed: Any, shape: tuple[int, ...], structure: int) -> tuple:
+    """(x_T, keys of the noise) of a seed, as `jaxdiff sample` draws them."""
+    start, steps = (
+        sample_keys(key, jnp.arange(shape[0])) for key in jax.random.split(jax.random.key(seed))
+    )
+    return process.prior(start, shape, jnp.result_type(float)), steps
 
 
 def _evaluate(denoiser, x, t, alpha, sigma, cond):

@@ -61,6 +61,12 @@ def exponential_adams(
         converges at order - 1; with few steps, where the last difference is mostly noise, it is
         often the better one.
 
+    The settings `flow_pc_2` and `flow_pc_3` interpolate the flow eps - x0 in angle and correct with
+    order 4. The flow's scale is alpha + sigma, its integral along a step to pure noise or data is
+    finite, and where either dominates it is nearly constant, so that one polynomial serves both ends
+    of the trajectory, where x0 and eps each fit one. With few evaluations the blend keeps the
+    predictor stable, and the corrector returns the order at no cost.
+
     The corrected method converges at min(order + 1, corrector), with blend < 1 at min(order,
     corrector), where the start allows it. From alpha = 0 no start keeps an order: stages would stand
     in an infinite step. Steps from alpha = 0 and to sigma = 0 are of first order where z is infinite

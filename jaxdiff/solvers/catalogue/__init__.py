@@ -7,6 +7,7 @@ from jaxdiff.grids import Grid
 from jaxdiff.names import check_options, unknown
 from jaxdiff.solvers.catalogue import (
     ancestral,
+    empirical,
     exponential,
     momentum,
     multistep,
@@ -24,7 +25,8 @@ from jaxdiff.solvers.tableau import Tableau
 CATALOGUE: Mapping[str, Entry] = {
     entry.name: entry
     for family in (
-        exponential, multistep, singlestep, sigma, runge_kutta, momentum, stochastic, ancestral, sde,
+        exponential, empirical, multistep, singlestep, sigma, runge_kutta, momentum, stochastic,
+        ancestral, sde,
     )
     for entry in family.ENTRIES
 }  # fmt: skip

@@ -129,6 +129,15 @@ ENTRIES = (
             "adams_pc_3_5_singlestep": Setting(
                 {"order": 3, "corrector": 5, "start": "singlestep"}, 4, extra=1
             ),
+            # What benchmarks/quality.py chooses most often with 4 to 8 evaluations, and with more.
+            "flow_pc_2": Setting(
+                {"order": 2, "corrector": 4, "integrand": "flow", "variable": "angle",
+                 "blend": 0.5}, 2, integrand="flow",
+            ),
+            "flow_pc_3": Setting(
+                {"order": 3, "corrector": 4, "integrand": "flow", "variable": "angle"}, 3,
+                integrand="flow",
+            ),
         },
         1, "x0", (True, True), "deis", "exponential Adams",
     ),
