@@ -90,7 +90,6 @@ def prepare(settings: Any, workdir: str | Path, progress: bool = True) -> Callab
         raise ValueError("config.ablation.axes is empty: give at least one mapping of axes")
     for cell in make_cells(sweep, {"process": experiment.process}, ["network"]):
         experiment.check_guidance(cell.guidance)
-        experiment.check_sampler(cell.tableau, cell.guidance)
     for name in settings.metrics:
         if name not in METRICS:
             raise ValueError(unknown("unknown metric", name, METRICS))

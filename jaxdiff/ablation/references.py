@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class References:
         if self.folder is None:
             return self._compute(cell)
         self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"{hashlib.sha256(cell.setting.encode()).hexdigest()[:16]}.npy"
+        decided = json.dumps([self.lab.facts, self.text, cell.setting])
+        path = self.folder / f"{hashlib.sha256(decided.encode()).hexdigest()[:16]}.npy"
         if not path.exists():
             with replacing(path) as temporary:
                 np.save(temporary, self._compute(cell))

@@ -87,11 +87,10 @@ def run(
     taken = {axis for cell in cells for axis in cell.axes if axis in columns and axis != "nfe"}
     if taken:
         raise ValueError(f"{sorted(taken)} are axes and metrics: give the metrics other names")
+    lab.check(cells)
     done = _open(workdir, lab, references, metrics)
     todo = [cell for cell in cells if cell.id not in done]
     groups = _groups(todo)
-    for group in groups:
-        lab.check(group)
     with tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell",
               disable=not progress) as bar:  # fmt: skip
         for group in groups:
@@ -160,6 +159,15 @@ class _Lab:
     programs: set = dataclasses.field(default_factory=set)
     starts: dict[tuple[str, int], tuple] = dataclasses.field(default_factory=dict)
     temporary: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What decides the samples of a cell, as plain values."""
+        return {
+            "networks": {name: fingerprint(d) for name, d in self.networks.items()},
+            "processes": {name: repr(p) for name, p in self.processes.items()},
+            "shape": list(self.shape), "cond": fingerprint((self.cond, self.null)),
+        }  # fmt: skip
 
     def start(self, cell: Cell) -> jax.Array:
         """x_T, [count, ...]: decided by the process, the seed and the sample's number."""
@@ -288,20 +296,14 @@ def _open(workdir: Any, lab: _Lab, references: References, metrics: Mapping) -> 
         return {}
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    setting = {
-        "networks": {name: fingerprint(d) for name, d in lab.networks.items()},
-        "processes": {name: repr(p) for name, p in lab.processes.items()},
-        "shape": list(lab.shape), "cond": fingerprint((lab.cond, lab.null)),
-        "reference": references.text, "metrics": list(metrics),
-    }  # fmt: skip
+    setting = {**lab.facts, "reference": references.text, "metrics": list(metrics)}
     if (folder / SETTING).exists():
         old = json.loads((folder / SETTING).read_text())
         changed = [name for name in setting if old.get(name) != setting[name]]
-        if changed:
+        if changed and (folder / RESULTS).exists():
             listed = "; ".join(f"{n}: {old.get(n)} there, {setting[n]} here" for n in changed)
             raise ValueError(f"{str(folder)!r} holds cells of another sweep: {listed}")
-    else:
-        write_text(folder / SETTING, json.dumps(setting, indent=1) + "\n")
+    write_text(folder / SETTING, json.dumps(setting, indent=1) + "\n")
     found = {}
     if (folder / RESULTS).exists():
         for line in (folder / RESULTS).read_text().splitlines():
