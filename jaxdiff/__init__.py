@@ -26,7 +26,8 @@ from jaxdiff.sampling import sample as sample
 
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
 _LAZY = (
-    "ablation", "calibration", "data", "learned_variance", "metrics", "models", "parallel", "training",
+    "ablation", "calibration", "controls", "data", "learned_variance", "metrics", "models",
+    "parallel", "training",
 )  # fmt: skip
 
 

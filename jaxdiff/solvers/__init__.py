@@ -23,6 +23,9 @@ from jaxdiff.solvers.combine import stack as stack
 from jaxdiff.solvers.consistency import consistency as consistency
 from jaxdiff.solvers.consistency import tcd as tcd
 from jaxdiff.solvers.corrector import corrected as corrected
+from jaxdiff.solvers.dc_solver import CascadePolynomial as CascadePolynomial
+from jaxdiff.solvers.dc_solver import cascade_regression as cascade_regression
+from jaxdiff.solvers.dc_solver import dynamic_compensation as dynamic_compensation
 from jaxdiff.solvers.dpm_solver import dpm_solver_multistep as dpm_solver_multistep
 from jaxdiff.solvers.dpm_solver import dpm_solver_pp_multistep as dpm_solver_pp_multistep
 from jaxdiff.solvers.dpm_solver_sde import dpm_solver_pp_sde as dpm_solver_pp_sde
@@ -30,6 +33,7 @@ from jaxdiff.solvers.dpm_solver_sde import (
     dpm_solver_pp_sde_multistep as dpm_solver_pp_sde_multistep,
 )
 from jaxdiff.solvers.dpm_solver_sde import dpm_solver_sde_multistep as dpm_solver_sde_multistep
+from jaxdiff.solvers.dpm_solver_v3 import dpm_solver_v3 as dpm_solver_v3
 from jaxdiff.solvers.dual_fast import dual_fast as dual_fast
 from jaxdiff.solvers.dual_fast import dual_fast_multistep as dual_fast_multistep
 from jaxdiff.solvers.er_sde import er_sde as er_sde
@@ -58,6 +62,7 @@ from jaxdiff.solvers.sigma import euler as euler
 from jaxdiff.solvers.sigma import heun as heun
 from jaxdiff.solvers.singlestep import dpm_solver_singlestep as dpm_solver_singlestep
 from jaxdiff.solvers.singlestep import singlestep_plan as singlestep_plan
+from jaxdiff.solvers.statistics import ModelStatistics as ModelStatistics
 from jaxdiff.solvers.stored import load as load
 from jaxdiff.solvers.stored import save as save
 from jaxdiff.solvers.tableau import Row as Row

@@ -57,6 +57,11 @@ PAPERS: Mapping[str, Paper] = {
         "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
         "DPM-Solver++", "2211.01095",
     ),
+    "dpm_solver_v3": Paper(
+        "Zheng, Kaiwen and Lu, Cheng and Chen, Jianfei and Zhu, Jun", 2023,
+        "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics",
+        "DPM-Solver-v3", "2310.13268",
+    ),
     "unipc": Paper(
         "Zhao, Wenliang and Bai, Lujia and Rao, Yongming and Zhou, Jie and Lu, Jiwen", 2023,
         "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models",

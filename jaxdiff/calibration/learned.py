@@ -1,0 +1,236 @@
+"""Solvers learned by gradient: nodes, coefficients and times of any table, fitted to a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxdiff.arrays import as_array, structure_hash
+from jaxdiff.denoisers import Denoiser
+from jaxdiff.grids import Grid
+from jaxdiff.grids.grid import make
+from jaxdiff.sampling import check_call, sample
+from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.tableau import Tableau
+
+PARTS = ("nodes", "coefficients", "times")
+_CHUNK = 25  # steps between two looks at the held-out error
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Freedom:
+    """How far a learned solver is from its family: all zero is the family's own table.
+
+    Attributes:
+      nodes: [steps], logits of the gaps between the nodes' times.
+      coefficients: [rows, registers, history, outputs], how an integrand's weight is spread anew over
+        the evaluations.
+      times: [rows], where between its neighbours' times an evaluation's time lies.
+    """
+
+    nodes: Float[Array, " steps"]
+    coefficients: Float[Array, "rows registers history outputs"]
+    times: Float[Array, " rows"]
+
+
+class Learned(NamedTuple):
+    """What `learn` found: the table, its freedom, and the errors.
+
+    `train` [looks] and `held_out` [looks] are the loss on the starts that were fitted to and on those
+    that were not, every 25 steps, before the first step first; `tableau` has the least of `held_out`.
+    """
+
+    tableau: Tableau
+    freedom: Freedom
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def no_freedom(family: Callable[[Grid], Tableau], grid: Grid, history: int | None = None) -> Freedom:
+    """The zero `Freedom` of a family on a grid, with at least `history` integrands kept."""
+    base = family(grid)
+    kept = max(base.history, min(history or 0, base.rows))
+    shape = base.rows, base.registers, kept, base.outputs
+    return Freedom(np.zeros(grid.steps), np.zeros(shape), np.zeros(base.rows))
+
+
+def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Freedom) -> Tableau:
+    """The table of a family with this freedom; consistent for any values of it.
+
+    - The nodes' times have the gaps softmax(log gap_i + nodes_i) of the whole span: they stay in
+      order, and the ends stay.
+    - In every row and register, the weight of the integrand of age k becomes
+
+          B_k + W (f_k - mean f),    W = sum_k B_k,    f = coefficients,
+
+      over the ages that exist there. The weights' sum, which is the exact integral of a constant,
+      is what it was: an order-1 method stays one.
+    - The network is evaluated at the time t_r + tanh(times_r) / 2 (t_{r +- 1} - t_r), with the level
+      of that time; what it says is converted as if at t_r (Tong et al., "Learning to Discretize
+      Denoising Diffusion ODEs" (2024), decouple the two so).
+
+    The grid must have a process, and its nodes be finite times of it. Arrays of `jax.numpy` in
+    `freedom` make a traced table: differentiate it, or vmap it over many.
+    """
+    process = grid.process
+    if process is None:
+        raise ValueError("a learned grid needs its process: build it with jaxdiff.grids, not arrays")
+    xp = np if all(isinstance(f, np.ndarray) for f in jax.tree.leaves(freedom)) else jnp
+    gaps = np.abs(np.diff(np.asarray(grid.t)))
+    logits = xp.log(gaps / gaps.sum()) + freedom.nodes
+    share = xp.exp(logits - logits.max())
+    place = xp.cumsum(share / share.sum())[:-1]
+    t = xp.concatenate([
+        grid.t[:1], grid.t[0] + (grid.t[-1] - grid.t[0]) * place, grid.t[-1:]
+    ])  # fmt: skip
+    alpha, sigma = (
+        xp.concatenate([end[:1], f(t[1:-1]), end[-1:]])
+        for end, f in ((grid.alpha, process.alpha), (grid.sigma, process.sigma))
+    )
+    table = family(make(t, alpha, sigma, process, grid.ends, grid.backward))
+
+    rows, kept = table.rows, freedom.coefficients.shape[2]
+    weights = xp.concatenate([
+        table.B, xp.zeros((*table.B.shape[:2], kept - table.history, *table.B.shape[3:]))
+    ], 2)  # fmt: skip
+    exists = (np.arange(kept)[None] <= np.arange(rows)[:, None])[:, None, :, None]
+    free = xp.where(exists, freedom.coefficients, 0.0)
+    free = xp.where(exists, free - free.sum(2, keepdims=True) / exists.sum(2, keepdims=True), 0.0)
+    weights = weights + weights.sum(2, keepdims=True) * free
+
+    before = xp.concatenate([table.t[:1], table.t[:-1]])
+    after = xp.concatenate([table.t[1:], table.t[-1:]])
+    shift = 0.5 * xp.tanh(freedom.times)
+    fed = table.t + xp.where(shift > 0, shift * (after - table.t), -shift * (before - table.t))
+    moved = xp.where(fed == table.t, 0, 1)
+    alpha, sigma = (
+        xp.where(moved, f(fed), own)
+        for f, own in ((process.alpha, table.alpha), (process.sigma, table.sigma))
+    )
+    return dataclasses.replace(table, B=weights, history=kept, t=fed, alpha=alpha, sigma=sigma)
+
+
+def learn(
+    denoiser: Denoiser, family: Callable[[Grid], Tableau], grid: Grid, x_T: Any, target: Any,
+    held_out: tuple[Any, Any], *, parts: Sequence[str] = PARTS, history: int | None = None,
+    cond: Any = None, held_out_cond: Any = None, steps: int = 500, learning_rate: float = 1e-2,
+    decay: float = 1e-3,
+) -> Learned:  # fmt: skip
+    """Fit the free parts of a family's table to where a teacher ends.
+
+    Minimises, by Adam with a cosine decay, the mean over samples of |x - x*| / sqrt(size) plus
+    decay |freedom|^2, through the sampler itself: bespoke solvers (Shaul et al. 2023), LD3 (Tong et
+    al. 2024, nodes and times) and DMN (Xue et al. 2024, nodes) are choices of `parts` and teacher.
+    What is returned did best on the held-out starts, the family's own table included.
+
+    Arguments:
+      denoiser: under the guidance that it will be used with.
+      family: grid -> tableau, deterministic: a builder with its options
+        (`functools.partial(jd.solvers.unipc, order=3)`).
+      grid: where to begin.
+      x_T, target: starts [batch, ...] and where a teacher ends from them (an exact flow, or
+        `jaxdiff.sample` with many steps).
+      held_out: (x_T, target) of other starts.
+      parts: which of "nodes", "coefficients" and "times" may change.
+      history: keep at least so many integrands (as many as there are rows, at most), for methods that
+        look further back than the family.
+      cond, held_out_cond: passed to the denoiser.
+
+    Raises ValueError for unknown parts, a stochastic family, or what `sample` raises.
+    """
+    for part in parts:
+        check_choice("part", part, PARTS)
+    base = family(grid)
+    if base.stochastic:
+        raise ValueError("only deterministic samplers can be fitted to end points")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    free = no_freedom(family, grid, history)
+    learned_tableau(family, grid, free)
+    data = jax.tree.map(as_array, ((x_T, target, cond), (*held_out, held_out_cond)))
+    for x, ends, c in data:
+        check_call(denoiser, base, x, None, None, c, "final", None, None)
+        if jax.tree.map(jnp.shape, ends) != jax.tree.map(jnp.shape, x):
+            raise ValueError(
+                f"target must have the starts' shapes {jax.tree.map(jnp.shape, x)}, got "
+                f"{jax.tree.map(jnp.shape, ends)}"
+            )
+    denoiser = jax.tree.map(as_array, denoiser)
+    dtype = jnp.result_type(float)
+    free = jax.tree.map(lambda a: jnp.asarray(a, dtype), free)
+    chunks = -(-steps // _CHUNK)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, chunks * _CHUNK))
+    call = _Fit(family, grid, tuple(parts), optimizer, float(decay))
+    state = optimizer.init(free)
+    structure = structure_hash(denoiser, data)
+    losses, best = [_losses(call, denoiser, free, data, structure)], free
+    for _ in range(chunks):
+        free, state = _advance(call, denoiser, free, state, data, structure)
+        losses.append(_losses(call, denoiser, free, data, structure))
+        if losses[-1][1] <= np.nanmin([held for _, held in losses]):
+            best = free
+    freedom = jax.tree.map(lambda a: np.asarray(a, np.float64), best)
+    train, held = np.asarray(losses).T
+    return Learned(learned_tableau(family, grid, freedom), freedom, train, held)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fit:
+    """What is fixed during a fit: one object, so one program."""
+
+    family: Callable[[Grid], Tableau]
+    grid: Grid
+    parts: tuple[str, ...]
+    optimizer: optax.GradientTransformation
+    decay: float
+
+    def loss(self, denoiser, free, data):
+        x, target, cond = data
+        tableau = learned_tableau(self.family, self.grid, free)
+        found = sample(denoiser, tableau, x, cond=cond)
+
+        def squares(a, b):
+            gap = (a - b).reshape(len(a), -1)
+            return jnp.sum(gap**2, 1), gap.shape[1]
+
+        parts = jax.tree.leaves(
+            jax.tree.map(squares, found, target), is_leaf=lambda p: isinstance(p, tuple)
+        )
+        mean = sum(total for total, _ in parts) / sum(size for _, size in parts)
+        # The root's slope is infinite where a sample is exact.
+        return jnp.mean(jnp.sqrt(mean + 1e-20))
+
+    def penalised(self, free, denoiser, data):
+        size = sum(jnp.sum(f**2) for f in jax.tree.leaves(free))
+        return self.loss(denoiser, free, data) + self.decay * size
+
+
+@eqx.filter_jit
+def _losses(call: _Fit, denoiser: Any, free: Freedom, data: Any, structure: int) -> tuple:
+    return tuple(call.loss(denoiser, free, part) for part in data)
+
+
+@eqx.filter_jit
+def _advance(
+    call: _Fit, denoiser: Any, free: Freedom, state: Any, data: Any, structure: int
+) -> tuple[Freedom, Any]:
+    frozen = {name: 1.0 if name in call.parts else 0.0 for name in PARTS}
+
+    def step(carry, _):
+        free, state = carry
+        gradient = jax.grad(call.penalised)(free, denoiser, data[0])
+        # One sample on the brink between two modes must not throw the solver away.
+        gradient = Freedom(**{n: frozen[n] * jnp.nan_to_num(getattr(gradient, n)) for n in PARTS})
+        updates, state = call.optimizer.update(gradient, state, free)
+        return (optax.apply_updates(free, updates), state), None
+
+    return jax.lax.scan(step, (free, state), None, _CHUNK)[0]

@@ -1,0 +1,8 @@
+"""Steps that depend on the state: a tableau, and a control that changes what it does between rows."""
+
+from jaxdiff.controls.evodiff import EVODiff as EVODiff
+from jaxdiff.controls.evodiff import evodiff as evodiff
+from jaxdiff.controls.time_shift import Levels as Levels
+from jaxdiff.controls.time_shift import TimeShift as TimeShift
+from jaxdiff.controls.time_shift import coupled as coupled
+from jaxdiff.controls.time_shift import time_shift as time_shift
