@@ -109,8 +109,8 @@ def sigmoid(lam: Array, rate: Array, bias: float = 0.0) -> Array:
     """w = -d lam / dt sigmoid(bias - 2 lam): the bound, with the fine levels weighted down.
 
     Kingma & Gao, "Understanding Diffusion Objectives as the ELBO" (2023); `bias` and the factor
-    1/2 of -d log SNR / dt are those of Hoogeboom et al., "Simpler Diffusion (SiD2)" (2024),
-    equation 4. Meant for the uniform time law, like `elbo`.
+    1/2 of -d log SNR / dt are those of Hoogeboom et al., "Simpler Diffusion (SiD2)" (2024).
+    Meant for the uniform time law, like `elbo`.
     """
     return jnp.log(rate) + jax.nn.log_sigmoid(bias - 2.0 * lam)
 
