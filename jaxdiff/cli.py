@@ -211,6 +211,8 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     names = ("solver", "steps", "grid", "options", "grid_options")
     tableau = make_tableau(experiment.process, **{name: options[name] for name in names})
     experiment.check_sampler(tableau, options["guidance"])
+    if is_stored(options["solver"]):  # those of the run were not used, and are not reported
+        options |= {"options": {}, "steps": None, "grid": None, "grid_options": {}}
     return experiment, tableau, options
 
 

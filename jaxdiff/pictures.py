@@ -33,6 +33,7 @@ def sample_grid(
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no window and no pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -212,6 +212,21 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert len(asked) == 9
 
 
+def test_a_changed_function_is_asked_again(tmp_path):
+    for value in (0.0, 1.0):
+
+        def ends(x, process, value=value):
+            return np.full_like(x, value)
+
+        sweep = product(solver="ddim", steps=2 + int(value))
+        table = run(sweep, workdir=tmp_path, reference=ends, metrics={"end": reference_entry})
+        assert table["end"].tolist() == [value]
+
+
+def reference_entry(samples, facts):
+    return facts["reference"][0, 0]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -256,6 +271,8 @@ def test_table():
     read = list(csv.DictReader(io.StringIO(table.to_csv())))
     assert [float(row["error"]) for row in read] == [row["error"] for row in ROWS]
     assert json.loads(table.to_json()) == ROWS
+    mixed = ablation.Table([{"value": 1}, {"value": "a"}, {"value": None}])
+    assert mixed["value"].tolist() == [1, "a", None] and mixed.where(value=1).rows[0]["value"] == 1
     assert table.to_markdown().splitlines()[2] == "| a | 5 | 0 | 1 |"
 
 

@@ -250,7 +250,7 @@ def test_a_run_without_a_checkpoint_is_an_error(moved, tmp_path, capsys):
     assert not (tmp_path / "samples.png").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "ablate"])
 def test_help_lists_the_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -34,7 +34,7 @@ class Table:
         if column not in self.columns:
             raise KeyError(f"no column {column!r}; the columns are {', '.join(self.columns)}")
         values = [row.get(column) for row in self.rows]
-        if all(isinstance(v, (bool, int, float, str)) for v in values):
+        if any(all(isinstance(v, kind) for v in values) for kind in (str, (bool, int, float))):
             return np.asarray(values)
         found = np.empty(len(values), object)
         found[:] = values

@@ -128,9 +128,10 @@ def learn(
     """Fit the free parts of a family's table to where a teacher ends.
 
     Minimises, by Adam with a cosine decay, the mean over samples of |x - x*| / sqrt(size) plus
-    decay |freedom|^2, through the sampler itself: bespoke solvers (Shaul et al. 2023), LD3 (Tong et
-    al. 2024, nodes and times) and DMN (Xue et al. 2024, nodes) are choices of `parts` and teacher.
-    What is returned did best on the held-out starts, the family's own table included.
+    decay |freedom|^2, through the sampler itself. Kin to LD3 (Tong et al. 2024: nodes and times from
+    a teacher's end points) and Bespoke solvers (Shaul et al. 2023); neither's loss nor its
+    parametrisation is repeated. What is returned did best on the held-out starts, the family's own
+    table included.
 
     Arguments:
       denoiser: under the guidance that it will be used with.
