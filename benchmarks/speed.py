@@ -161,8 +161,19 @@ def one_size(width, depth, python, module, rounds):
 
         gaps.append(close(official(), np.asarray(jitted(placed, x))))
         bare(placed, x, STEPS)
+        whole, its_whole = (
+            functools.partial(jax.jit(jd.sample), d, jax.device_put(t), x)
+            for d, t in ((denoiser, table), as_official(placed))
+        )
+        whole(), its_whole()
         found = {
             "ours / bare network": paired(ours, lambda: bare(placed, x, STEPS), rounds),
+            "ours, jitted whole / bare network": paired(
+                whole, lambda: bare(placed, x, STEPS), rounds
+            ),
+            "official JAX, jitted whole / ours, jitted whole": paired(
+                lambda: jitted(placed, x), its_whole, rounds
+            ),
             "official JAX, jitted whole / ours": paired(lambda: jitted(placed, x), official, rounds),
             "official JAX, jitted whole / bare network": paired(
                 lambda: jitted(placed, x), lambda: bare(placed, x, STEPS), rounds

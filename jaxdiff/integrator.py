@@ -18,6 +18,7 @@ import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxdiff.arrays import jit_trees
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.noise import BrownianPath, is_key_batch, normal, per_sample
 from jaxdiff.predictions import PREDICTIONS, affine
@@ -306,7 +307,7 @@ def _save_at(save: str) -> diffrax.SaveAt:
 _SAVE_AT = {save: _save_at(save) for save in SAVES}
 
 
-@eqx.filter_jit
+@jit_trees
 def integrate(
     denoiser, table, x, key, noise, cond, save, adjoint, control, state, meter, structure
 ):

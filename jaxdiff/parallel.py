@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxdiff.arrays import as_array, structure_hash
+from jaxdiff.arrays import as_arrays, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.noise import BrownianPath, per_sample
 from jaxdiff.sampling import check_call
@@ -103,7 +103,7 @@ class _Sharded:
         if other:
             raise TypeError(f"a sharded sampler takes no {', '.join(other)}: {jit}")
         denoiser, x_T, noise, cond = (
-            jax.tree.map(as_array, tree) for tree in (denoiser, x_T, noise, cond)
+            as_arrays(tree) for tree in (denoiser, x_T, noise, cond)
         )
         check_call(denoiser, tableau, x_T, key, noise, cond, save, adjoint, None)
         if save not in _BATCH_AXIS or denoiser.memory is not None:
@@ -116,7 +116,7 @@ class _Sharded:
                 f"a batch of {batch} does not split over the {devices} devices of the mesh axes "
                 f"{self.axes}: use a multiple of {devices}"
             )
-        tableau = jax.tree.map(as_array, tableau)
+        tableau = as_arrays(tableau)
         adjoint = diffrax.DirectAdjoint() if adjoint is None else adjoint
         structure = structure_hash(denoiser, tableau, x_T, noise, cond)
         inputs = (denoiser, tableau, x_T, key, noise, cond)

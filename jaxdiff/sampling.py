@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.arrays import as_array, is_concrete, structure_hash
+from jaxdiff.arrays import as_arrays, is_concrete, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.integrator import SAVES, State, integrate
 from jaxdiff.noise import BrownianPath, is_key_batch
@@ -50,21 +50,29 @@ def sample(
     ValueError, on the first trace, for an output whose shape is not the state's.
     """
     x_T, noise, cond, state, denoiser = (
-        jax.tree.map(as_array, tree) for tree in (x_T, noise, cond, state, denoiser)
+        as_arrays(tree) for tree in (x_T, noise, cond, state, denoiser)
     )
     check_call(denoiser, tableau, x_T, key, noise, cond, save, adjoint, state)
     if state is None:
-        x_T = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x_T)
-    tableau = jax.tree.map(as_array, tableau)
+        x_T = jax.tree.map(_at_least_float32, x_T)
     if adjoint is None:
         # diffrax's default cannot be differentiated inside shard_map and pmap.
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        adjoint = diffrax.DirectAdjoint() if manual else diffrax.RecursiveCheckpointAdjoint()
-    meter = diffrax.NoProgressMeter() if progress_meter is None else progress_meter
+        adjoint = _DIRECT if manual else _CHECKPOINTED
+    meter = _SILENT if progress_meter is None else progress_meter
     structure = structure_hash(denoiser, tableau, x_T, noise, cond, control, state)
     return integrate(
         denoiser, tableau, x_T, key, noise, cond, save, adjoint, control, state, meter, structure
     )
+
+
+_DIRECT = diffrax.DirectAdjoint()
+_CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
+_SILENT = diffrax.NoProgressMeter()
+
+
+def _at_least_float32(leaf):
+    return leaf if leaf.dtype.itemsize >= 4 else leaf.astype(jnp.float32)
 
 
 def check_call(denoiser, tableau, x, key, noise, cond, save, adjoint, state) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from jaxdiff.ablation.references import References
 from jaxdiff.ablation.sweep import THRESHOLDS, Cell, Sweep, make_cells
 from jaxdiff.ablation.table import Table
-from jaxdiff.arrays import as_array, structure_hash
+from jaxdiff.arrays import as_arrays, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.files import write_text
 from jaxdiff.guidance import classifier_free
@@ -177,7 +177,7 @@ class _Lab:
         """(x_T, the samples' keys of noise)."""
         name = cell.process, cell.seed
         if name not in self.starts:
-            process = jax.tree.map(as_array, self.processes[cell.process])
+            process = as_arrays(self.processes[cell.process])
             seed = jnp.uint32(cell.seed)
             self.starts[name] = _draw(process, seed, self.shape, structure_hash(process))
         return self.starts[name]
@@ -196,13 +196,13 @@ class _Lab:
         some = [cells[i] for i in chosen]
         drawn = [self._drawn(c) for c in some]
         inputs = (
-            jax.tree.map(lambda a: as_array(a[np.asarray(chosen)]), stacked),
+            as_arrays(jax.tree.map(lambda a: a[np.asarray(chosen)], stacked)),
             *(jnp.stack(values) for values in zip(*drawn)),
             self._strengths(some),
         )
         first = cells[0]
-        denoiser = jax.tree.map(as_array, self.networks[first.network])
-        cond, null = (jax.tree.map(as_array, tree) for tree in (self.cond, self.null))
+        denoiser = as_arrays(self.networks[first.network])
+        cond, null = (as_arrays(tree) for tree in (self.cond, self.null))
         threshold = first.thresholding and first.thresholding["name"]
         kinds = first.guidance != 1.0, threshold, first.tableau.stochastic, mesh
         return inputs, (denoiser, cond, null), kinds, structure_hash(denoiser, inputs, cond)

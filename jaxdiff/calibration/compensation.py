@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from jaxdiff.arrays import as_array, is_concrete, structure_hash
+from jaxdiff.arrays import as_arrays, is_concrete, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid, from_arrays
 from jaxdiff.sampling import check_call, sample
@@ -73,7 +73,7 @@ def fit_compensation(
     corrected = any(node_registers(tableau, grid))
     # Also refuses what the traced calls could no longer see.
     dynamic_compensation(tableau, grid, np.ones(grid.steps), order, variable)
-    denoiser, x_T, cond = (jax.tree.map(as_array, tree) for tree in (denoiser, x_T, cond))
+    denoiser, x_T, cond = (as_arrays(tree) for tree in (denoiser, x_T, cond))
     check_call(denoiser, tableau, x_T, None, None, cond, "final", None, None)
     x_T = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x_T)
     if grid.steps <= order:
@@ -85,7 +85,7 @@ def fit_compensation(
             raise ValueError(f"reference must be {(len(grid), *x.shape)}, got {ref.shape}")
     options = _Options(order, variable, iterations, keep == "best", corrected)
     rates = jnp.asarray([learning_rate, weight_decay])
-    tables = jax.tree.map(as_array, (tableau, grid))
+    tables = as_arrays((tableau, grid))
     structure = structure_hash(denoiser, tables, x_T, cond, reference)
     found = _fit(denoiser, *tables, x_T, cond, reference, rates, options, structure)
     return CompensationFit(*(np.asarray(a, np.float64) for a in found))
@@ -184,7 +184,7 @@ def ddim_trajectory(
         raise ValueError("a grid from arrays with alpha = 0 or sigma = 0 cannot be refined")
     parts = -(-steps // grid.steps)
     pieces = stack([ddim(_between(grid, i, parts)) for i in range(grid.steps)])
-    x_T = jax.tree.map(lambda a: jnp.asarray(as_array(a)), x_T)
+    x_T = jax.tree.map(jnp.asarray, as_arrays(x_T))
     found = _trajectory(denoiser, pieces, x_T, cond, structure_hash(denoiser, x_T, cond))
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None].astype(b.dtype), b]), x_T, found)
 
@@ -196,7 +196,7 @@ def _trajectory(denoiser, pieces, x_T, cond, structure):
         return x, x
 
     x_T = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x_T)
-    return jax.lax.scan(body, x_T, jax.tree.map(as_array, pieces))[1]
+    return jax.lax.scan(body, x_T, as_arrays(pieces))[1]
 
 
 def _between(grid: Grid, i: int, parts: int) -> Grid:

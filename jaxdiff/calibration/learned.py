@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxdiff.arrays import as_array, structure_hash
+from jaxdiff.arrays import as_arrays, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.grids.grid import make
@@ -157,7 +157,7 @@ def learn(
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
     free = no_freedom(family, grid, history)
     learned_tableau(family, grid, free)
-    data = jax.tree.map(as_array, ((x_T, target, cond), (*held_out, held_out_cond)))
+    data = as_arrays(((x_T, target, cond), (*held_out, held_out_cond)))
     for x, ends, c in data:
         check_call(denoiser, base, x, None, None, c, "final", None, None)
         if jax.tree.map(jnp.shape, ends) != jax.tree.map(jnp.shape, x):
@@ -165,7 +165,7 @@ def learn(
                 f"target must have the starts' shapes {jax.tree.map(jnp.shape, x)}, got "
                 f"{jax.tree.map(jnp.shape, ends)}"
             )
-    denoiser = jax.tree.map(as_array, denoiser)
+    denoiser = as_arrays(denoiser)
     dtype = jnp.result_type(float)
     free = jax.tree.map(lambda a: jnp.asarray(a, dtype), free)
     chunks = -(-steps // _CHUNK)

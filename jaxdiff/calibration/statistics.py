@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.arrays import as_array, structure_hash
+from jaxdiff.arrays import as_arrays, structure_hash
 from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.grids import Grid
 from jaxdiff.predictions import convert
@@ -79,7 +79,7 @@ def estimate_statistics(
         raise ValueError("key goes with diagonal='rademacher', and with that alone")
     if iter(batches) is batches:
         raise TypeError("batches are gone through twice: give a list, or an object that starts anew")
-    denoiser = jax.tree.map(as_array, denoiser)
+    denoiser = as_arrays(denoiser)
     levels = tuple(np.asarray(a, np.float64) for a in (grid.lam, grid.t, grid.alpha, grid.sigma))
     structure = structure_hash(denoiser, grid)
     total, diagonals = 0, 0.0
@@ -123,7 +123,7 @@ def _pairs(batches: Iterable[Any], nodes: int) -> Iterable[tuple[Array, Any]]:
             )
         states = jnp.asarray(states)
         states = states.astype(jnp.promote_types(states.dtype, jnp.float32))
-        yield states, jax.tree.map(as_array, cond)
+        yield states, as_arrays(cond)
 
 
 def _merge(old: Any, new: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
-from jaxdiff.arrays import as_array, is_concrete, namespace, structure_hash
+from jaxdiff.arrays import as_arrays, is_concrete, namespace, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.ode.counting import Counted, evaluations
 from jaxdiff.ode.terms import Problem, check_form, clock, probability_flow
@@ -136,7 +136,7 @@ def solve(
         lambda a: jnp.asarray(a, wide) if eqx.is_inexact_array_like(a) else a,
         (clocks, alphas, dt0, stepsize_controller),
     )
-    args = jax.tree.map(as_array, Problem(denoiser, process, cond))
+    args = as_arrays(Problem(denoiser, process, cond))
     args = args._replace(structure=structure_hash(args, x))
     return _solve(
         args, x, clocks, alphas, dt0, save_at is not None, probability_flow(form), solver,
