@@ -116,7 +116,8 @@ GRIDS = {
     f.__name__: f
     for f in (
         grids.half_log_snr, grids.uniform, grids.karras, grids.quadratic, grids.power,
-        grids.logistic, grids.truncated_karras, grids.leading, grids.linspace, grids.trailing,
+        grids.logistic, grids.arctan, grids.truncated_karras, grids.leading, grids.linspace,
+        grids.trailing,
     )
 }  # fmt: skip
 

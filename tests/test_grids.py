@@ -1,10 +1,11 @@
 """Grids against the published spacings, and what they refuse."""
 
+import jax
 import numpy as np
 import pytest
 from schedules import SPANS
 
-from jaxdiff import grids, processes
+from jaxdiff import gaussian_mixture, grids, processes, sample, solvers
 
 pytestmark = pytest.mark.filterwarnings("error:.*:RuntimeWarning")
 
@@ -121,9 +122,46 @@ def test_logistic_is_the_shifted_flow_and_half_log_snr():
     np.testing.assert_allclose(small, lam, rtol=0, atol=1e-4)
 
 
+@every_process
+@pytest.mark.parametrize("std", [1.0, 0.3, 5.0])
+def test_arctan(process, std):
+    grid = grids.arctan(process, 9, std)
+    angle = np.arctan2(grid.sigma, std * grid.alpha)
+    np.testing.assert_allclose(angle, np.linspace(angle[0], angle[-1], 10), rtol=1e-9, atol=1e-12)
+    check_nodes(grid, process, grid.t)
+    assert (grid.t[0], grid.t[-1]) == (process.t_max, process.t_min)
+
+
+def test_arctan_of_a_whole_flow():
+    """From alpha = 0 to sigma = 0: equal parts of a right angle; the slope in std is finite."""
+    grid = grids.arctan(FLOW, 4)
+    assert grid.ends == (True, True)
+    angle = np.pi / 8 * np.arange(4, -1, -1)
+    np.testing.assert_allclose(np.arctan2(grid.sigma, grid.alpha), angle)
+    slope = jax.grad(lambda std: grids.arctan(FLOW, 4, std).sigma.sum())(0.7)
+    tan = np.tan(angle[1:-1])
+    np.testing.assert_allclose(slope, np.sum(tan / (1.0 + 0.7 * tan) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", [VP, EDM], ids=["vp", "edm"])
+def test_arctan_is_best_for_ddim_on_gaussian_data(process):
+    """x = 1 stands for the standard deviation: DDIM leaves prod cos(step) of the exact flow's.
+
+    Its logarithm is concave in the steps, whose sum is fixed: equal ones are best.
+    """
+    std = 0.7
+    grid = grids.arctan(process, 7, std)
+    rho = grid.sigma / grid.alpha
+    denoiser = gaussian_mixture(np.zeros((1, 2)), [std], [1.0], process)
+    left = sample(denoiser, solvers.ddim(grid), np.ones((1, 2), np.float32))[0, 0]
+    spread = grid.alpha * np.hypot(std, rho)
+    step = np.arctan(rho[0] / std) - np.arctan(rho[-1] / std)
+    np.testing.assert_allclose(left / (spread[-1] / spread[0]), np.cos(step / 7) ** 7, rtol=1e-4)
+
+
 def test_a_part_of_the_span():
-    spacings = grids.uniform, grids.quadratic, grids.half_log_snr, grids.karras, grids.logistic
-    for spacing in spacings:
+    names = "uniform", "quadratic", "half_log_snr", "karras", "logistic", "arctan"
+    for spacing in (getattr(grids, name) for name in names):
         grid = spacing(VP, 6, t_max=0.7, t_min=0.05)
         assert (grid.t[0], grid.t[-1]) == (0.7, 0.05) and len(grid) == 7
     # Within a span that has both ends, a part has none.
@@ -258,6 +296,8 @@ def test_steps_must_be_a_positive_integer(steps):
         (lambda: grids.power(VP, 3, exponent=0), ValueError, "exponent must be positive, got 0"),
         (lambda: grids.karras(VP, 3, rho=-7), ValueError, "rho must be positive, got -7"),
         (lambda: grids.logistic(VP, 3, 0.0), ValueError, "must be positive, got 0.0 and 1.0"),
+        (lambda: grids.arctan(VP, 3, 0.0), ValueError, "std must be a positive number, got 0.0"),
+        (lambda: grids.arctan(VP, 3, np.inf), ValueError, "std must be a positive number, got inf"),
         (lambda: grids.karras(FLOW, 3), ValueError, "infinite at an end of .t_min=0.0, t_max=1.0"),
         (lambda: grids.half_log_snr(FLOW, 3, t_min=0.1), ValueError, "give t_max with alpha > 0"),
         (lambda: grids.leading(VP, 3), TypeError, "need a discrete process .* got VPLinear"),

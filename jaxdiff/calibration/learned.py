@@ -32,21 +32,22 @@ class Freedom:
 
     Attributes:
       nodes: [steps], logits of the gaps between the nodes' times.
-      coefficients: [rows, registers, history, outputs], how an integrand's weight is spread anew over
-        the evaluations.
+      coefficients: [rows, registers, history, outputs, ...], how an integrand's weight is spread anew
+        over the evaluations; the last axes broadcast against a sample.
       times: [rows], where between its neighbours' times an evaluation's time lies.
     """
 
     nodes: Float[Array, " steps"]
-    coefficients: Float[Array, "rows registers history outputs"]
+    coefficients: Float[Array, "rows registers history outputs ..."]
     times: Float[Array, " rows"]
 
 
 class Learned(NamedTuple):
     """What `learn` found: the table, its freedom, and the errors.
 
-    `train` [looks] and `held_out` [looks] are the loss on the starts that were fitted to and on those
-    that were not, every 25 steps, before the first step first; `tableau` has the least of `held_out`.
+    `train` [looks] and `held_out` [looks] are the average error on the starts that were fitted to and
+    on those that were not, every 25 steps, before the first step first; `tableau` has the least of
+    `held_out`.
     """
 
     tableau: Tableau
@@ -55,12 +56,16 @@ class Learned(NamedTuple):
     held_out: np.ndarray
 
 
-def no_freedom(family: Callable[[Grid], Tableau], grid: Grid, history: int | None = None) -> Freedom:
-    """The zero `Freedom` of a family on a grid, with at least `history` integrands kept."""
+def no_freedom(
+    family: Callable[[Grid], Tableau], grid: Grid, history: int | None = None,
+    shape: tuple[int, ...] = (),
+) -> Freedom:  # fmt: skip
+    """The zero `Freedom` of a family on a grid, with at least `history` integrands kept, and
+    coefficients of their own for the components of samples of this shape."""
     base = family(grid)
     kept = max(base.history, min(history or 0, base.rows))
-    shape = base.rows, base.registers, kept, base.outputs
-    return Freedom(np.zeros(grid.steps), np.zeros(shape), np.zeros(base.rows))
+    axes = base.rows, base.registers, kept, base.outputs
+    return Freedom(np.zeros(grid.steps), np.zeros((*axes, *shape)), np.zeros(base.rows))
 
 
 def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Freedom) -> Tableau:
@@ -73,7 +78,8 @@ def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Free
           B_k + W (f_k - mean f),    W = sum_k B_k,    f = coefficients,
 
       over the ages that exist there. The weights' sum, which is the exact integral of a constant,
-      is what it was: an order-1 method stays one.
+      is what it was: an order-1 method stays one. With one register and all integrands kept these
+      are all such methods: earlier states are combinations of the present one and the integrands.
     - The network is evaluated at the time t_r + tanh(times_r) / 2 (t_{r +- 1} - t_r), with the level
       of that time; what it says is converted as if at t_r (Tong et al., "Learning to Discretize
       Denoising Diffusion ODEs" (2024), decouple the two so).
@@ -99,11 +105,17 @@ def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Free
     table = family(make(t, alpha, sigma, process, grid.ends, grid.backward))
 
     rows, kept = table.rows, freedom.coefficients.shape[2]
+    axes = max(table.B.ndim, freedom.coefficients.ndim)
+    weights, spread = (
+        a.reshape(*a.shape[:4], *(1,) * (axes - a.ndim), *a.shape[4:])
+        for a in (table.B, freedom.coefficients)
+    )
     weights = xp.concatenate([
-        table.B, xp.zeros((*table.B.shape[:2], kept - table.history, *table.B.shape[3:]))
+        weights, xp.zeros((*weights.shape[:2], kept - table.history, *weights.shape[3:]))
     ], 2)  # fmt: skip
-    exists = (np.arange(kept)[None] <= np.arange(rows)[:, None])[:, None, :, None]
-    free = xp.where(exists, freedom.coefficients, 0.0)
+    exists = np.arange(kept)[None] <= np.arange(rows)[:, None]
+    exists = exists.reshape(rows, 1, kept, *(1,) * (axes - 3))
+    free = xp.where(exists, spread, 0.0)
     free = xp.where(exists, free - free.sum(2, keepdims=True) / exists.sum(2, keepdims=True), 0.0)
     weights = weights + weights.sum(2, keepdims=True) * free
 
@@ -122,16 +134,17 @@ def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Free
 def learn(
     denoiser: Denoiser, family: Callable[[Grid], Tableau], grid: Grid, x_T: Any, target: Any,
     held_out: tuple[Any, Any], *, parts: Sequence[str] = PARTS, history: int | None = None,
-    cond: Any = None, held_out_cond: Any = None, steps: int = 500, learning_rate: float = 1e-2,
-    decay: float = 1e-3,
+    shaped: bool = False, average: str = "geometric", cond: Any = None, held_out_cond: Any = None,
+    steps: int = 500, learning_rate: float = 1e-2, decay: float = 1e-3,
 ) -> Learned:  # fmt: skip
     """Fit the free parts of a family's table to where a teacher ends.
 
-    Minimises, by Adam with a cosine decay, the mean over samples of |x - x*| / sqrt(size) plus
-    decay |freedom|^2, through the sampler itself. Kin to LD3 (Tong et al. 2024: nodes and times from
-    a teacher's end points) and Bespoke solvers (Shaul et al. 2023); neither's loss nor its
-    parametrisation is repeated. What is returned did best on the held-out starts, the family's own
-    table included.
+    Minimises, by Adam with a cosine decay, the average over samples of the error |x - x*| /
+    sqrt(size) (its logarithm, for the geometric average) plus decay |freedom|^2, a mean over
+    components where they have their own, through the sampler itself. Kin to LD3 (Tong et al. 2024:
+    nodes and times from a teacher's end points) and Bespoke solvers (Shaul et al. 2023); neither's
+    loss nor its parametrisation is repeated. What is returned did best on the held-out starts, the
+    family's own table included.
 
     Arguments:
       denoiser: under the guidance that it will be used with.
@@ -144,19 +157,22 @@ def learn(
       parts: which of "nodes", "coefficients" and "times" may change.
       history: keep at least so many integrands (as many as there are rows, at most), for methods that
         look further back than the family.
+      shaped: give every component of a sample, an array, coefficients of its own. They take more
+        starts to learn, and the solver then fits samples of this shape only.
+      average: "geometric", which the few samples that end in another mode do not rule; or
+        "arithmetic".
       cond, held_out_cond: passed to the denoiser.
 
-    Raises ValueError for unknown parts, a stochastic family, or what `sample` raises.
+    Raises ValueError for unknown parts or averages, a stochastic family, or what `sample` raises.
     """
     for part in parts:
         check_choice("part", part, PARTS)
+    check_choice("average", average, ("geometric", "arithmetic"))
     base = family(grid)
     if base.stochastic:
         raise ValueError("only deterministic samplers can be fitted to end points")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-    free = no_freedom(family, grid, history)
-    learned_tableau(family, grid, free)
     data = as_arrays(((x_T, target, cond), (*held_out, held_out_cond)))
     for x, ends, c in data:
         check_call(denoiser, base, x, None, None, c, "final", None, None)
@@ -165,12 +181,16 @@ def learn(
                 f"target must have the starts' shapes {jax.tree.map(jnp.shape, x)}, got "
                 f"{jax.tree.map(jnp.shape, ends)}"
             )
+    if shaped and not isinstance(x_T, (jax.Array, np.ndarray)):
+        raise ValueError("shaped coefficients need samples that are one array each")
+    free = no_freedom(family, grid, history, np.shape(x_T)[1:] if shaped else ())
+    learned_tableau(family, grid, free)
     denoiser = as_arrays(denoiser)
     dtype = jnp.result_type(float)
     free = jax.tree.map(lambda a: jnp.asarray(a, dtype), free)
     chunks = -(-steps // _CHUNK)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, chunks * _CHUNK))
-    call = _Fit(family, grid, tuple(parts), optimizer, float(decay))
+    call = _Fit(family, grid, tuple(parts), optimizer, float(decay), average == "geometric")
     state = optimizer.init(free)
     structure = structure_hash(denoiser, data)
     losses, best = [_losses(call, denoiser, free, data, structure)], free
@@ -193,8 +213,9 @@ class _Fit:
     parts: tuple[str, ...]
     optimizer: optax.GradientTransformation
     decay: float
+    geometric: bool
 
-    def loss(self, denoiser, free, data):
+    def error(self, denoiser, free, data):
         x, target, cond = data
         tableau = learned_tableau(self.family, self.grid, free)
         found = sample(denoiser, tableau, x, cond=cond)
@@ -208,16 +229,20 @@ class _Fit:
         )
         mean = sum(total for total, _ in parts) / sum(size for _, size in parts)
         # The root's slope is infinite where a sample is exact.
-        return jnp.mean(jnp.sqrt(mean + 1e-20))
+        error = jnp.sqrt(mean + 1e-20)
+        return jnp.exp(jnp.mean(jnp.log(error))) if self.geometric else jnp.mean(error)
 
     def penalised(self, free, denoiser, data):
-        size = sum(jnp.sum(f**2) for f in jax.tree.leaves(free))
-        return self.loss(denoiser, free, data) + self.decay * size
+        components = np.prod(free.coefficients.shape[4:])
+        parts = free.nodes, free.coefficients / components**0.5, free.times
+        size = sum(jnp.sum(f**2) for f in parts)
+        error = self.error(denoiser, free, data)
+        return (jnp.log(error) if self.geometric else error) + self.decay * size
 
 
 @eqx.filter_jit
 def _losses(call: _Fit, denoiser: Any, free: Freedom, data: Any, structure: int) -> tuple:
-    return tuple(call.loss(denoiser, free, part) for part in data)
+    return tuple(call.error(denoiser, free, part) for part in data)
 
 
 @eqx.filter_jit

@@ -1,5 +1,8 @@
 """Steps that depend on the state: a tableau, and a control that changes what it does between rows."""
 
+from jaxdiff.controls.diff_ier import DiffIER as DiffIER
+from jaxdiff.controls.diff_ier import DiffIERState as DiffIERState
+from jaxdiff.controls.diff_ier import diff_ier as diff_ier
 from jaxdiff.controls.evodiff import EVODiff as EVODiff
 from jaxdiff.controls.evodiff import evodiff as evodiff
 from jaxdiff.controls.time_shift import Levels as Levels

@@ -3,6 +3,9 @@
 from jaxdiff.grids.grid import Grid as Grid
 from jaxdiff.grids.grid import from_arrays as from_arrays
 from jaxdiff.grids.grid import from_times as from_times
+from jaxdiff.grids.published import published as published
+from jaxdiff.grids.published import resized as resized
+from jaxdiff.grids.spacings import arctan as arctan
 from jaxdiff.grids.spacings import half_log_snr as half_log_snr
 from jaxdiff.grids.spacings import karras as karras
 from jaxdiff.grids.spacings import logistic as logistic

@@ -243,6 +243,12 @@ def span_ends(process: Process, t_max: Any, t_min: Any, end: str) -> tuple[bool,
     )
 
 
+def check_steps(steps: Any) -> None:
+    """Raise ValueError unless `steps` is an integer of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
+
+
 def check(process: Any, end: str) -> None:
     """Raise ValueError for an unknown `end`, TypeError for anything but a process."""
     if end not in ("t_min", "zero"):

@@ -1,20 +1,20 @@
 """Spacings: nodes over a process's span, even in some variable of the noise level."""
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from jaxdiff.arrays import is_concrete, namespace
-from jaxdiff.grids.grid import Grid, check, from_times, make, on_host, span_ends
+from jaxdiff.grids.grid import Grid, check, check_steps, from_times, make, on_host, span_ends
 from jaxdiff.processes import Process
 
 
 def span(process: Process, steps: Any, t_max: Any, t_min: Any, end: str) -> tuple[Any, ...]:
     """The process and the span's ends, on the host where known; fractions 0..1 of the nodes."""
     check(process, end)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"the number of steps must be an integer of at least 1, got {steps!r}")
+    check_steps(steps)
     t_max = process.t_max if t_max is None else t_max
     t_min = process.t_min if t_min is None else t_min
     process, t_max, t_min = on_host((process, t_max, t_min))
@@ -92,18 +92,59 @@ def logistic(
     evaluations from EDM's sigma = 80 it is the best spacing found here (benchmarks/quality.py).
     Ends at alpha = 0 and sigma = 0 are u = 1 and 0. Raises ValueError unless both are positive.
     """
-    process, t_max, t_min, fractions = span(process, steps, t_max, t_min, end)
+    of_span = span(process, steps, t_max, t_min, end)
     if is_concrete(exponent, center) and not (exponent > 0 and center > 0):
         raise ValueError(f"exponent and center must be positive, got {exponent!r} and {center!r}")
     exponent, center = on_host((exponent, center))
+
+    def level(xp, z):
+        return 0.5 - 0.5 * xp.tanh(0.5 * exponent * z)
+
+    def inverse(xp, u):
+        return (xp.log1p(-u) - xp.log(u)) / exponent
+
+    return _even(of_span, end, level, inverse, center, exponent)
+
+
+def arctan(
+    process: Process, steps: int, std: float = 1.0, *,
+    t_max: Any = None, t_min: Any = None, end: str = "t_min",
+) -> Grid:  # fmt: skip
+    """Nodes uniform in arctan(sigma / (alpha std)), of data with standard deviation `std`.
+
+    On Gaussian data DDIM's step makes the spread the cosine of the step in this angle of what it
+    should be, so that no other nodes are as good: the first result of Sabour et al., "Align Your
+    Steps" (2024). With std = 1 the angle is that of (alpha, sigma), the clock of v. Ends at alpha =
+    0 and sigma = 0 are angles pi / 2 and 0. Raises ValueError unless std is positive.
+    """
+    of_span = span(process, steps, t_max, t_min, end)
+    if is_concrete(std) and not (np.ndim(std) == 0 and 0 < std < np.inf):
+        raise ValueError(f"std must be a positive number, got {std!r}")
+
+    def level(xp, z):
+        # arctan(exp(-z)), whose derivative at z = +-infinity is 0 and not 0 / 0.
+        return 0.25 * np.pi - xp.arctan(xp.tanh(0.5 * z))
+
+    def inverse(xp, u):
+        return -xp.log(xp.tan(u))
+
+    return _even(of_span, end, level, inverse, on_host(std))
+
+
+def _even(
+    of_span: tuple[Any, ...], end: str, level: Callable, inverse: Callable, center: Any,
+    exponent: Any = 1.0,
+) -> Grid:  # fmt: skip
+    """Nodes even in level(xp, z), z = lambda + log(center), which is finite where lambda is not."""
+    process, t_max, t_min, fractions = of_span
     first, last = process.half_log_snr(t_max), process.half_log_snr(t_min)
-    xp = namespace(first, last, exponent, center)
+    xp = namespace(first, last, center, exponent)
     shift = xp.log(center)
     # An end may be infinite in lambda: u is right there, and what its inverse gives is not used.
-    u_first, u_last = (0.5 - 0.5 * xp.tanh(0.5 * exponent * (lam + shift)) for lam in (first, last))
+    u_first, u_last = (level(xp, lam + shift) for lam in (first, last))
     inner = (0 < fractions) & (fractions < 1)
     u = xp.where(inner, u_first + fractions * (u_last - u_first), 0.5)
-    t = process.time((xp.log1p(-u) - xp.log(u)) / exponent - shift)
+    t = process.time(inverse(xp, u) - shift)
     return _from_span(process, t, t_max, t_min, end)
 
 

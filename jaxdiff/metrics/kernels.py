@@ -50,10 +50,8 @@ def mmd(
         raise ValueError(f"unbiased needs at least 2 points each, got {len(a)} and {len(b)}")
     if kernel is None:
         kernel = rbf(median_bandwidth(a, b))
-    within = _mean(kernel, a, a, without_diagonal=unbiased) + _mean(
-        kernel, b, b, without_diagonal=unbiased
-    )
-    return within - 2 * _mean(kernel, a, b)
+    within = mean_kernel(kernel, a, a, unbiased) + mean_kernel(kernel, b, b, unbiased)
+    return within - 2 * mean_kernel(kernel, a, b)
 
 
 def energy_distance(a: Float[ArrayLike, "n ..."], b: Float[ArrayLike, "m ..."]) -> float:
@@ -120,12 +118,13 @@ def _squared_distances(
     return np.maximum(squared, 0, out=squared)
 
 
-def _mean(
+def mean_kernel(
     kernel: Kernel,
     x: Float[np.ndarray, "n dim"],
     y: Float[np.ndarray, "m dim"],
     without_diagonal: bool = False,
 ) -> float:
+    """The mean of k(x, y) over all pairs; for y = x, if asked, without a point and itself."""
     rows = max(1, _BLOCK // len(y))
     total = 0.0
     for start in range(0, len(x), rows):

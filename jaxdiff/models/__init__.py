@@ -1,12 +1,13 @@
 """Networks (Flax Linen) and adapters that make denoisers of them.
 
-Every network is called `apply(variables, x, t, cond=None, train=False)` and returns x's shape.
+Every network is called `apply(variables, x, t, cond=None, train=False, keep=None)` and returns x's
+shape; `keep` masks its blocks.
 """
 
-from jaxdiff.models.adapters import from_linen, from_nnx
+from jaxdiff.models.adapters import from_linen, from_nnx, skip_blocks
 from jaxdiff.models.dit import DiT
 from jaxdiff.models.embeddings import check_labels
 from jaxdiff.models.mlp import MLP
 from jaxdiff.models.unet import UNet
 
-__all__ = ["DiT", "MLP", "UNet", "check_labels", "from_linen", "from_nnx"]
+__all__ = ["DiT", "MLP", "UNet", "check_labels", "from_linen", "from_nnx", "skip_blocks"]

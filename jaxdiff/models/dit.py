@@ -18,7 +18,14 @@ from jaxdiff.models.embeddings import (
     read_cond,
     sincos_2d,
 )
-from jaxdiff.models.network import QK_NORMS, ImageNetwork, SelfAttention, check_image
+from jaxdiff.models.network import (
+    QK_NORMS,
+    ImageNetwork,
+    SelfAttention,
+    block_factors,
+    check_image,
+    scaled,
+)
 
 _SHAPES = {
     "S": {"depth": 12, "width": 384, "num_heads": 6},
@@ -80,8 +87,9 @@ class DiTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], c: Float[Array, "batch width"], train: bool
-    ) -> Float[Array, "batch tokens width"]:
+        self, x: Float[Array, "batch tokens width"], c: Float[Array, "batch width"], train: bool,
+        keep: Any = None,
+    ) -> Float[Array, "batch tokens width"]:  # fmt: skip
         def dense(features, name, init=DEFAULT_INIT):
             return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
@@ -93,10 +101,10 @@ class DiTBlock(nn.Module):
         h = SelfAttention(
             self.num_heads, self.qk_norm, self.attention, dtype=self.dtype, name="attention"
         )(h)
-        x = x + gate_1 * drop(h)
+        x = x + scaled(keep, gate_1) * drop(h)
         h = _modulated_norm(x, shift_2, scale_2, self.dtype)
         h = drop(nn.gelu(dense(int(width * self.mlp_ratio), "mlp_in")(h), approximate=True))
-        return x + gate_2 * drop(dense(width, "mlp_out")(h))
+        return x + scaled(keep, gate_2) * drop(dense(width, "mlp_out")(h))
 
 
 class DiT(ImageNetwork):
@@ -126,9 +134,10 @@ class DiT(ImageNetwork):
       remat: recompute blocks in the backward pass; same parameters, same values.
       attention: (q, k, v), each [batch, tokens, heads, head width], to the same shape.
 
-    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels}.
-    Returns x's shape in float32 (float64 for a float64 x). Raises ValueError for sizes that do not
-    divide, wrong shapes, labels out of range, a label without classes, missing keys in training.
+    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels};
+    `keep` masks the blocks, see `jaxdiff.models.network.block_factors`. Returns x's shape in
+    float32 (float64 for a float64 x). Raises ValueError for sizes that do not divide, wrong shapes,
+    labels out of range, a label without classes, missing keys in training.
     """
 
     patch_size: int = 2
@@ -170,8 +179,12 @@ class DiT(ImageNetwork):
         labels = read_cond(cond).get("label")
         check_condition(labels, batch, self.num_classes, self.label_dropout)
 
+    def blocks(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The blocks that `keep` masks, in its order, for an x of this shape."""
+        return tuple(f"block_{i}" for i in range(self.depth))
+
     @nn.compact
-    def _forward(self, x, t, cond, train):
+    def _forward(self, x, t, cond, train, keep):
         check_image(x)
         check_rng(self, "dropout", self.dropout, train)
         batch, height, width, channels = x.shape
@@ -185,11 +198,11 @@ class DiT(ImageNetwork):
         grid = (height // self.patch_size, width // self.patch_size)
         h = h + sincos_2d(*grid, self.width).reshape(-1, self.width).astype(h.dtype)
         block = nn.remat(DiTBlock, static_argnums=(3,)) if self.remat else DiTBlock
-        for i in range(self.depth):
+        for name, factor in block_factors(keep, self.blocks(x.shape)).items():
             h = block(
                 self.num_heads, self.mlp_ratio, self.qk_norm, self.dropout, self.attention,
-                self.dtype, name=f"block_{i}",
-            )(h, c, train)  # fmt: skip
+                self.dtype, name=name,
+            )(h, c, train, factor)  # fmt: skip
 
         def zero_dense(features, dtype, name):
             zeros = nn.initializers.zeros

@@ -14,6 +14,7 @@ from jaxdiff.models.embeddings import (
     check_rng,
     read_cond,
 )
+from jaxdiff.models.network import block_factors, scaled
 
 
 class MLPBlock(nn.Module):
@@ -25,8 +26,9 @@ class MLPBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "batch width"], c: Float[Array, "batch features"], train: bool
-    ) -> Float[Array, "batch width"]:
+        self, h: Float[Array, "batch width"], c: Float[Array, "batch features"], train: bool,
+        keep: Any = None,
+    ) -> Float[Array, "batch width"]:  # fmt: skip
         def dense(features, name):
             return nn.Dense(features, kernel_init=DEFAULT_INIT, dtype=self.dtype, name=name)
 
@@ -35,7 +37,7 @@ class MLPBlock(nn.Module):
         y = dense(width, "hidden")(nn.silu(h)) * (1 + scale) + shift
         y = nn.Dropout(self.dropout)(nn.silu(y), deterministic=not train)
         y = dense(width, "out")(y)
-        return h + y if self.residual else y
+        return h + scaled(keep, y) if self.residual else y
 
 
 class MLP(nn.Module):
@@ -58,9 +60,10 @@ class MLP(nn.Module):
       dtype: of the computation; parameters, embeddings and the last layer stay float32.
       remat: recompute blocks in the backward pass; same parameters, same values.
 
-    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels}.
-    Returns x's shape in float32 (float64 for a float64 x). Raises ValueError for wrong shapes,
-    labels out of range, a label without classes, missing keys in training.
+    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels};
+    `keep` masks the blocks, see `jaxdiff.models.network.block_factors`. Returns x's shape in
+    float32 (float64 for a float64 x). Raises ValueError for wrong shapes, labels out of range, a
+    label without classes, missing keys in training, a mask where blocks are not residual.
     """
 
     width: int = 256
@@ -83,10 +86,15 @@ class MLP(nn.Module):
         labels = read_cond(cond).get("label")
         check_condition(labels, batch, self.num_classes, self.label_dropout)
 
+    def blocks(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The blocks that `keep` masks, in its order, for an x of this shape."""
+        return tuple(f"block_{i}" for i in range(self.depth))
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch dim"], t: ArrayLike, cond: Any = None, *, train: bool = False
-    ) -> Float[Array, "batch dim"]:
+        self, x: Float[Array, "batch dim"], t: ArrayLike, cond: Any = None, *, train: bool = False,
+        keep: Any = None,
+    ) -> Float[Array, "batch dim"]:  # fmt: skip
         if jnp.ndim(x) != 2:
             raise ValueError(f"x must be [batch, dim], got shape {jnp.shape(x)}")
         check_rng(self, "dropout", self.dropout, train)
@@ -96,8 +104,10 @@ class MLP(nn.Module):
         )(t, read_cond(cond).get("label"), x.shape[0], train)  # fmt: skip
         h = nn.Dense(self.width, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="in")(x)
         block = nn.remat(MLPBlock, static_argnums=(3,)) if self.remat else MLPBlock
-        for i in range(self.depth):
-            h = block(self.residual, self.dropout, self.dtype, name=f"block_{i}")(h, c, train)
+        if keep is not None and not self.residual:
+            raise ValueError("keep needs residual=True: other blocks cannot be skipped")
+        for name, factor in block_factors(keep, self.blocks(x.shape)).items():
+            h = block(self.residual, self.dropout, self.dtype, name=name)(h, c, train, factor)
         out_dtype = jnp.promote_types(x.dtype, jnp.float32)
         out = nn.Dense(
             x.shape[-1], kernel_init=nn.initializers.zeros, dtype=out_dtype, name="out"

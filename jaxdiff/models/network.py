@@ -1,6 +1,7 @@
-"""What the image networks share: the call, the learned variance, self-attention."""
+"""What the networks share: masks of blocks; and the image networks: the call, the learned variance,
+self-attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from jaxdiff.arrays import to_batch
 from jaxdiff.models.embeddings import DEFAULT_INIT
 
 QK_NORMS = {None: None, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
@@ -25,14 +27,14 @@ class ImageNetwork(nn.Module):
 
     def __call__(
         self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None, *,
-        train: bool = False,
+        train: bool = False, keep: Any = None,
     ) -> Float[Array, "batch height width channels"]:  # fmt: skip
-        """The prediction, in x's shape."""
-        return self._forward(x, t, cond, train)[..., : x.shape[-1]]
+        """The prediction, in x's shape; `keep` masks the blocks, see `block_factors`."""
+        return self._forward(x, t, cond, train, keep)[..., : x.shape[-1]]
 
     def with_variance(
         self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None, *,
-        train: bool = False,
+        train: bool = False, keep: Any = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """(prediction, variance output), both in x's shape.
 
@@ -41,7 +43,7 @@ class ImageNetwork(nn.Module):
         """
         if not self.learn_sigma:
             raise ValueError("no variance output: this network was made with learn_sigma=False")
-        prediction, variance = jnp.split(self._forward(x, t, cond, train), 2, axis=-1)
+        prediction, variance = jnp.split(self._forward(x, t, cond, train, keep), 2, axis=-1)
         return prediction, variance
 
 
@@ -74,6 +76,30 @@ class SelfAttention(nn.Module):
             k = norm(epsilon=1e-6, dtype=self.dtype, name="k_norm")(k)
         out = self.attention(q, k, v).reshape(batch, tokens, width)
         return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
+
+
+def block_factors(keep: Any, names: Sequence[str]) -> dict[str, Any]:
+    """{block: the factor of its residual}, scalars or [batch]; None for all without a mask.
+
+    `keep` is [blocks] or [batch, blocks], in the order of `names`, which a network's method
+    `blocks(shape)` tells: a block is x + keep f(x), so 0 skips it and 1 keeps it. It may be traced,
+    and a new mask compiles nothing; nor does it save time, for f(x) is evaluated all the same.
+    Raises ValueError for another shape.
+    """
+    if keep is None:
+        return dict.fromkeys(names)
+    if jnp.ndim(keep) not in (1, 2) or jnp.shape(keep)[-1] != len(names):
+        raise ValueError(
+            f"keep must be [{len(names)}] or [batch, {len(names)}], one number for each of "
+            f"{', '.join(names)}; got shape {jnp.shape(keep)}"
+        )
+    keep = jnp.asarray(keep)
+    return {name: keep[..., i] for i, name in enumerate(names)}
+
+
+def scaled(factor: Any, h: Array) -> Array:
+    """factor h, the factor a scalar or [batch]; h itself for None."""
+    return h if factor is None else to_batch(factor, h).astype(h.dtype) * h
 
 
 def check_image(x: Array) -> None:

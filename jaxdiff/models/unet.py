@@ -17,7 +17,7 @@ from jaxdiff.models.embeddings import (
     check_rng,
     read_cond,
 )
-from jaxdiff.models.network import ImageNetwork, SelfAttention, check_image
+from jaxdiff.models.network import ImageNetwork, SelfAttention, block_factors, check_image, scaled
 
 RESAMPLINGS = ("block", "conv")
 
@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
         skip(x) + conv_0 silu(GN(conv silu(GN(x))) (1 + scale) + shift)
 
     scale and shift are linear in silu(c); conv_0 starts at zero; skip is a 1 x 1 convolution where
-    the number of channels changes.
+    the number of channels changes. A `keep` of 0 leaves skip(x), of a resampled x.
     """
 
     channels: int
@@ -68,8 +68,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch h w channels"], c: Float[Array, "batch features"], train: bool
-    ) -> Float[Array, "batch h_out w_out channels_out"]:
+        self, x: Float[Array, "batch h w channels"], c: Float[Array, "batch features"], train: bool,
+        keep: Any = None,
+    ) -> Float[Array, "batch h_out w_out channels_out"]:  # fmt: skip
         def conv(size, name, init=DEFAULT_INIT):
             return nn.Conv(
                 self.channels, (size, size), kernel_init=init, dtype=self.dtype, name=name
@@ -88,7 +89,7 @@ class ResBlock(nn.Module):
         h = conv(3, "conv_out", nn.initializers.zeros)(h)
         if x.shape[-1] != self.channels:
             x = conv(1, "skip")(x)
-        return x + h
+        return x + scaled(keep, h)
 
 
 class AttentionBlock(nn.Module):
@@ -99,14 +100,16 @@ class AttentionBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
+    def __call__(
+        self, x: Float[Array, "batch h w channels"], keep: Any = None
+    ) -> Float[Array, "batch h w channels"]:
         batch, _, _, channels = x.shape
         h = _group_norm(x, self.dtype, "norm").reshape(batch, -1, channels)
         heads = num_heads(channels, self.head_channels)
         h = SelfAttention(
             heads, None, self.attention, nn.initializers.zeros, self.dtype, name="attention"
         )(h)
-        return x + h.reshape(x.shape)
+        return x + scaled(keep, h.reshape(x.shape))
 
 
 class UNet(ImageNetwork):
@@ -143,9 +146,11 @@ class UNet(ImageNetwork):
       attention: (q, k, v), each [batch, pixels, heads, head width], to the same shape.
 
     t is a scalar or [batch]; cond None, int labels (scalar or [batch]) or a dict with "label" and
-    "image" [batch, height, width, image_channels]. Returns x's shape in float32 (float64 for a
-    float64 x). Raises ValueError for sizes that do not divide, resolutions that no level has, wrong
-    shapes, labels out of range, a label or an image that is missing or not wanted, missing keys.
+    "image" [batch, height, width, image_channels]; `keep` masks the blocks, each residual block and
+    each attention, see `jaxdiff.models.network.block_factors`. Returns x's shape in float32
+    (float64 for a float64 x). Raises ValueError for sizes that do not divide, resolutions that no
+    level has, wrong shapes, labels out of range, a label or an image that is missing or not
+    wanted, missing keys.
     """
 
     width: int = 128
@@ -178,11 +183,30 @@ class UNet(ImageNetwork):
         labels = read_cond(cond, ("label", "image")).get("label")
         check_condition(labels, batch, self.num_classes, self.label_dropout)
 
+    def blocks(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The blocks that `keep` masks, in its order, for an x of this shape."""
+        attends = self._attends(shape)
+        last, names = len(attends) - 1, []
+
+        def add(side, level, count, resample):
+            for i in range(count):
+                names.append(f"{side}_{level}_block_{i}")
+                names.extend([f"{side}_{level}_attention_{i}"] * attends[level])
+            names.extend([f"{side}_{level}_resample"] * (resample and self.resample == "block"))
+
+        for level in range(last + 1):
+            add("down", level, self.num_blocks, level < last)
+        names += ["middle_block_0", "middle_attention", "middle_block_1"]
+        for level in range(last, -1, -1):
+            add("up", level, self.num_blocks + 1, level > 0)
+        return tuple(names)
+
     @nn.compact
-    def _forward(self, x, t, cond, train):
+    def _forward(self, x, t, cond, train, keep):
         check_image(x)
         check_rng(self, "dropout", self.dropout, train)
-        attends = self._attends(x)
+        attends = self._attends(x.shape)
+        factors = block_factors(keep, self.blocks(x.shape))
         cond = read_cond(cond, ("label", "image"))
         c = ConditionEmbedding(
             4 * self.width, self.width, self.time_scale, self.num_classes, self.label_dropout,
@@ -192,12 +216,12 @@ class UNet(ImageNetwork):
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
 
         def residual(h, channels, name, resample=None):
-            return res_block(channels, resample, self.dropout, self.dtype, name=name)(h, c, train)
+            block = res_block(channels, resample, self.dropout, self.dtype, name=name)
+            return block(h, c, train, factors[name])
 
         def attend(h, name):
-            return attention_block(
-                self.head_channels, self.attention, self.dtype, name=name
-            )(h)  # fmt: skip
+            block = attention_block(self.head_channels, self.attention, self.dtype, name=name)
+            return block(h, factors[name])
 
         def conv(h, channels, name, **options):
             options = {"kernel_init": DEFAULT_INIT, "dtype": self.dtype} | options
@@ -242,9 +266,9 @@ class UNet(ImageNetwork):
             kernel_init=nn.initializers.zeros, dtype=jnp.promote_types(x.dtype, jnp.float32),
         )  # fmt: skip
 
-    def _attends(self, x):
+    def _attends(self, shape):
         """Whether each level attends."""
-        _, height, width, _ = x.shape
+        _, height, width, _ = shape
         factor = 2 ** (len(self.multipliers) - 1)
         if height % factor or width % factor:
             raise ValueError(

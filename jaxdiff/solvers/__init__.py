@@ -70,6 +70,14 @@ from jaxdiff.solvers.tableau import Start as Start
 from jaxdiff.solvers.tableau import Tableau as Tableau
 from jaxdiff.solvers.tableau import Update as Update
 from jaxdiff.solvers.tableau import assemble as assemble
+from jaxdiff.solvers.unified import unified as unified
+from jaxdiff.solvers.unified_genotype import FIXED_SCHEDULES as FIXED_SCHEDULES
+from jaxdiff.solvers.unified_genotype import Decision as Decision
+from jaxdiff.solvers.unified_genotype import Expansion as Expansion
+from jaxdiff.solvers.unified_genotype import Genotype as Genotype
+from jaxdiff.solvers.unified_genotype import fixed_schedule as fixed_schedule
+from jaxdiff.solvers.unified_genotype import matching_corrector as matching_corrector
+from jaxdiff.solvers.unified_genotype import uniform_schedule as uniform_schedule
 from jaxdiff.solvers.unipc import unipc as unipc
 from jaxdiff.solvers.wrappers import analytic_first_step as analytic_first_step
 from jaxdiff.solvers.wrappers import denoise_to_zero as denoise_to_zero

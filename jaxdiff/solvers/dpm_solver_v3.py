@@ -27,6 +27,7 @@ from jaxdiff.solvers.statistics import (
     as_statistics,
     check_covers,
     integrals,
+    l_at,
 )
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -78,7 +79,7 @@ def dpm_solver_v3(
     xp = namespace(grid.alpha, grid.sigma, statistics)
     lam = xp.clip(grid.lam[: finite + 1], statistics.lam[0], statistics.lam[-1])
     parts = [integrals(statistics, lam[i], lam[i + 1], 4, quadrature) for i in range(finite)]
-    at_rows = _interpolated(xp, statistics, lam[:steps])
+    at_rows = l_at(statistics, lam[:steps])
     orders = [min(i + 1, order) for i in range(steps)]
     if lower_order_final:
         orders = [min(p, steps - i) for i, p in enumerate(orders)]
@@ -194,15 +195,6 @@ def _sum(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     """Two lists of weights by age, added."""
     short, long = sorted((list(a), list(b)), key=len)
     return [x + y for x, y in zip(short, long)] + long[len(short) :]
-
-
-def _interpolated(xp: Any, statistics: ModelStatistics, lam: Any) -> Any:
-    """l at half-log-SNRs, [len(lam), *shape]."""
-    bins, values = statistics.lam, statistics.l
-    left = xp.clip(xp.searchsorted(bins, lam, side="right") - 1, 0, bins.shape[0] - 2)
-    share = (lam - bins[left]) / (bins[left + 1] - bins[left])
-    share = share.reshape(share.shape + (1,) * (np.ndim(values) - 1))
-    return values[left] + share * (values[left + 1] - values[left])
 
 
 def _integrand(tableau: Tableau, at_rows: Any) -> tuple[Any, Any]:

@@ -176,6 +176,16 @@ def integrals(
     return Integrals(l_step, s_step, b_step, xp.sum(total(factor * b_node), 0), powers)
 
 
+def l_at(statistics: ModelStatistics, lam: Any) -> Any:
+    """l at half-log-SNRs within the bins, [len(lam), *shape]."""
+    xp = namespace(statistics, lam)
+    bins, values = statistics.lam, statistics.l
+    left = xp.clip(xp.searchsorted(bins, lam, side="right") - 1, 0, bins.shape[0] - 2)
+    share = (lam - bins[left]) / (bins[left + 1] - bins[left])
+    share = share.reshape(share.shape + (1,) * (np.ndim(values) - 1))
+    return values[left] + share * (values[left + 1] - values[left])
+
+
 def check_covers(statistics: ModelStatistics, grid: Grid) -> None:
     """Raise ValueError where a grid's finite half-log-SNRs leave the bins, by more than rounding."""
     if is_concrete(statistics.lam, grid.alpha, grid.sigma):

@@ -7,7 +7,7 @@ from compilations import counted
 from flax import nnx
 
 import jaxdiff as jd
-from jaxdiff.models import MLP, from_linen, from_nnx
+from jaxdiff.models import MLP, from_linen, from_nnx, skip_blocks
 
 
 class Scaled(nn.Module):
@@ -151,3 +151,85 @@ def test_what_is_not_a_module_is_refused(mlp):
         from_linen(module, variables["params"])
     with pytest.raises(ValueError, match="the variables .*, got list"):
         from_linen(module, [])
+
+
+# --- skipped blocks -------------------------------------------------------------------------------
+
+MASKED = MLP(width=8, depth=2, num_classes=3)
+VP = jd.processes.vp_linear()
+TABLE = jd.solvers.ddim(jd.grids.uniform(VP, 3))
+
+
+@pytest.fixture
+def masked(random_variables):
+    variables = random_variables(MASKED, X, 0.5)
+    return variables, from_linen(MASKED, variables)
+
+
+def test_each_row_of_a_sampler_has_its_own_mask(masked):
+    """The path, by hand from the network and DDIM's formula; new masks compile nothing."""
+    variables, denoiser = masked
+    keep = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    path = jd.sample(skip_blocks(denoiser, keep, TABLE), TABLE, X, cond=LABELS, save="trajectory")
+    grid = jd.grids.uniform(VP, 3)
+    x = X
+    for i in range(3):
+        eps = MASKED.apply(variables, x, grid.t[i], LABELS, keep=keep[i])
+        x0 = (x - grid.sigma[i] * eps) / grid.alpha[i]
+        x = grid.alpha[i + 1] * x0 + grid.sigma[i + 1] * eps
+        np.testing.assert_allclose(path[i + 1], x, rtol=1e-4, atol=1e-4)
+    other = np.ones((3, 2))
+    with counted() as compiled:
+        jd.sample(skip_blocks(denoiser, other, TABLE), TABLE, X, cond=LABELS, save="trajectory")
+    assert compiled == []
+
+
+def test_a_mask_of_ones_is_the_denoiser_and_of_zeros_the_path_around_the_blocks(masked):
+    variables, denoiser = masked
+    whole = skip_blocks(denoiser, np.ones((3, 2)), TABLE)(X, 0.5, 0.8, 0.6, LABELS)
+    np.testing.assert_allclose(whole, denoiser(X, 0.5, 0.8, 0.6, LABELS), rtol=1e-6)
+    none = skip_blocks(denoiser, np.zeros((3, 2)), TABLE)(X, 0.5, 0.8, 0.6, LABELS)
+    first, last = (variables["params"][name] for name in ("in", "out"))
+    h = jax.nn.silu(X @ first["kernel"] + first["bias"])
+    np.testing.assert_allclose(none, h @ last["kernel"] + last["bias"], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_go_by_the_networks_own_time_and_by_sample(masked):
+    """Of the row whose time is nearest; through guidance; with a time of one's own."""
+    variables, _ = masked
+    denoiser = from_linen(MASKED, variables, time=minus_lambda)
+    keep = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    skipping = skip_blocks(denoiser, keep, TABLE)
+    level = TABLE.t[1] + 0.01, TABLE.alpha[1] * 0.99, TABLE.sigma[1] * 1.01
+    t = minus_lambda(*level)
+    null = MASKED.apply(variables, X, t, jnp.full(4, 3), keep=keep[1])
+    with_label = MASKED.apply(variables, X, t, LABELS, keep=keep[1])
+    guided = jd.guidance.classifier_free(skipping, 2.0, 3)(X, *level, LABELS)
+    np.testing.assert_allclose(guided, null + 2 * (with_label - null), rtol=1e-4, atol=1e-5)
+    each = skipping(X, *(np.array([a[i] for i in (0, 2, 1, 0)]) for a in levels(TABLE)), LABELS)
+    for b, i in enumerate((0, 2, 1, 0)):
+        alone = MASKED.apply(variables, X[b : b + 1], minus_lambda(*(a[i] for a in levels(TABLE))),
+                             LABELS[b : b + 1], keep=keep[i])  # fmt: skip
+        np.testing.assert_allclose(each[b : b + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def levels(table):
+    return table.t, table.alpha, table.sigma
+
+
+def minus_lambda(t, alpha, sigma):
+    return jnp.log(sigma / alpha)
+
+
+def test_masks_that_do_not_fit_are_refused(masked):
+    _, denoiser = masked
+    with pytest.raises(ValueError, match=r"\[rows, blocks\] with 3 rows, got shape \(2, 2\)"):
+        skip_blocks(denoiser, np.ones((2, 2)), TABLE)
+    with pytest.raises(ValueError, match=r"keep must be \[2\]"):
+        jd.sample(skip_blocks(denoiser, np.ones((3, 5)), TABLE), TABLE, X)
+    with pytest.raises(ValueError, match="label"):
+        jd.sample(skip_blocks(denoiser, np.ones((3, 2)), TABLE), TABLE, X, cond=np.array([9] * 4))
+    scaled = from_linen(Scaled(), {"params": {"scale": jnp.ones(3)}})
+    for wrong in (jd.clip_x0(denoiser), scaled, denoiser.fn):
+        with pytest.raises(TypeError, match="takes the network's own denoiser"):
+            skip_blocks(wrong, np.ones((3, 2)), TABLE)

@@ -53,3 +53,16 @@ def test_parameter_count_by_hand():
 def test_images_are_refused():
     with pytest.raises(ValueError, match=r"x must be \[batch, dim\], got shape \(1, 4, 4, 1\)"):
         MLP().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), 0.0)
+
+
+def test_masks_of_samples_and_of_no_residual(random_variables):
+    module = MLP(width=6, depth=2)
+    x, t = jnp.array([[0.3, -1.0], [2.0, 0.5]]), jnp.array([0.2, 0.8])
+    variables = random_variables(module, x, t)
+    keep = jnp.array([[1.0, 0.0], [0.25, 1.0]])
+    out = module.apply(variables, x, t, keep=keep)
+    for i in range(2):
+        alone = module.apply(variables, x[i : i + 1], t[i : i + 1], keep=keep[i])
+        np.testing.assert_allclose(out[i : i + 1], alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="keep needs residual=True"):
+        MLP(width=6, depth=2, residual=False).apply(variables, x, t, keep=keep)

@@ -40,6 +40,11 @@ def forward(module, variables, x, t, cond=None):
 
 
 @functools.partial(jit, static_argnums=0)
+def masked(module, variables, x, t, cond, keep):
+    return module.apply(variables, x, t, cond, keep=keep)
+
+
+@functools.partial(jit, static_argnums=0)
 def loss_and_grad(module, variables, x, t, cond, keys):
     def loss(variables):
         out = module.apply(variables, x, t, cond, train=True, rngs=keys)
@@ -225,3 +230,48 @@ def test_bad_calls_name_what_is_wrong(name, setup):
         module.clone(dropout=1.0)
     with pytest.raises(ValueError, match=r"label_dropout must lie in \[0, 1\), got -0.1"):
         module.clone(label_dropout=-0.1)
+
+
+# --- masks of blocks ------------------------------------------------------------------------------
+
+# What of a block's parameters its residual is linear in: (layer, parameters) that zeroed skip it.
+LINEAR = {"mlp": "out", "dit": "modulation", "unet": "conv_out"}
+
+
+def without(name, variables, block):
+    """The variables, with those of the block's last layer zero."""
+    layers = variables["params"][block]
+    if "attention" in layers and name == "unet":
+        own = layers["attention"]
+        changed = {"attention": {**own, "out": jax.tree.map(jnp.zeros_like, own["out"])}}
+    else:
+        changed = {LINEAR[name]: jax.tree.map(jnp.zeros_like, layers[LINEAR[name]])}
+    return {"params": {**variables["params"], block: {**layers, **changed}}}
+
+
+@every_network
+def test_a_masked_block_is_one_whose_residual_is_zero(name, setup):
+    """Every block alone; a mask of ones is no mask."""
+    module, variables, x, t, labels = setup
+    blocks = module.blocks(x.shape)
+    assert set(blocks) == {b for b in variables["params"] if "block" in b or "resample" in b
+                           or b == "middle_attention"}  # fmt: skip
+    whole = forward(module, variables, x, t, labels)
+    for i in range(-1, len(blocks)):
+        keep = jnp.arange(len(blocks)) != i
+        expected = forward(module, without(name, variables, blocks[i]), x, t, labels)
+        out = masked(module, variables, x, t, labels, keep)
+        if i < 0:
+            expected = whole
+        else:
+            assert np.abs(out - whole).max() > 1e-3, blocks[i]
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=str(i))
+
+
+@every_network
+def test_a_mask_of_another_length_is_refused(name, setup):
+    module, variables, x, t, _ = setup
+    count = len(module.blocks(x.shape))
+    for keep in (np.ones(count + 1), np.ones(()), np.ones((1, 1, count))):
+        with pytest.raises(ValueError, match=rf"keep must be \[{count}\] or \[batch, {count}\]"):
+            module.apply(variables, x, t, keep=keep)

@@ -247,3 +247,21 @@ def test_bad_sizes_and_options():
         UNet(resample="pool")
     with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\)"):
         shapes(UNet(**TINY), (8, 8, 3))
+
+
+@pytest.mark.parametrize("resample", ["block", "conv"])
+def test_blocks_are_those_with_a_residual_in_the_order_of_the_call(resample):
+    options = {"width": 8, "head_channels": 8, "resample": resample}
+    module = UNet(multipliers=(1, 2, 2), num_blocks=2, attention_resolutions=(8, 4), **options)
+    made = shapes(module, (1, 16, 16, 1))
+    blocks = module.blocks((1, 16, 16, 1))
+    assert sorted(blocks) == sorted(n for n, p in made.items() if {"conv_out", "attention"} & {*p})
+    small = UNet(multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), **options)
+    assert small.blocks((1, 8, 8, 1)) == (
+        "down_0_block_0", *["down_0_resample"] * (resample == "block"),
+        "down_1_block_0", "down_1_attention_0",
+        "middle_block_0", "middle_attention", "middle_block_1",
+        "up_1_block_0", "up_1_attention_0", "up_1_block_1", "up_1_attention_1",
+        *["up_1_resample"] * (resample == "block"),
+        "up_0_block_0", "up_0_block_1",
+    )  # fmt: skip
