@@ -33,7 +33,7 @@ def test_moves_stay_in_the_space(name, times):
     )  # fmt: skip
     moves = Moves(space, grid, 5)
     found = moves.fixed(rng)
-    for _ in range(60):
+    for _ in range(40):
         a, b = (found[i] for i in rng.integers(len(found), size=2))
         found += [moves.mutate(a, rng), moves.cross(a, b, rng), moves.newcomer(rng)]
     drawn = found[len(moves.fixed(rng)) :]
