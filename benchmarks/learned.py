@@ -1,0 +1,386 @@
+"""Searched, calibrated and learned solvers beside the best training-free one.
+
+    python benchmarks/learned.py --run runs/digits    # an hour; results/learned.{json,png}
+
+Probability flows of the mixtures of benchmarks/quality.py (2, 16 and 64 dimensions, VP's linear
+schedule and EDM's), of a mixture under classifier-free guidance, and of the digits network (trained
+by `jaxdiff train --config configs/digits.py --workdir runs/digits`). The error is the median over
+fresh starts of |x - x*| / sqrt(size). Every method is fitted to the same starts and their ends; of
+a method's variants, the one that does best on held-out starts is taken; the fresh ones only score.
+Guidance: fitted at one scale, scored at others too.
+
+The best training-free solver of a mixture is the one chosen among some 19,000 in results/quality.json;
+elsewhere it is chosen on the held-out starts from the solvers that were best in those cells.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import machine
+import matplotlib.pyplot as plt
+import numpy as np
+from quality import DIMS, PROCESSES, SPREAD, evaluations_of, grids, mixture, ours
+
+import jaxdiff as jd
+from jaxdiff.denoisers import level
+from jaxdiff.generation import balanced_labels
+from jaxdiff.training.run import read_experiment, restore
+
+NFE = (4, 5, 6, 8, 10)
+GUIDED, DIGITS = "VP, 16-D, guidance", "digits network, guidance"
+SCALES = (2.0, 1.0, 1.5, 3.0, 5.0)  # fitted at the first
+BEST, LEARNED, SHAPED = "best training-free", "learned", "learned, every component its own"
+
+
+class Problem(NamedTuple):
+    """A flow: its denoiser (of a guidance scale) and starts with their ends."""
+
+    process: jd.processes.Process
+    span: tuple[float, float]
+    denoiser: Callable  # guidance scale -> Denoiser
+    x: np.ndarray
+    cond: np.ndarray | None
+    ends: Callable  # guidance scale -> where the starts end
+    fit: slice
+    held: slice
+    fresh: slice
+    steps: int  # of Adam
+
+    def data(self, part, scale):
+        """Of some starts: (x, ends, cond)."""
+        cond = None if self.cond is None else self.cond[part]
+        return self.x[part], self.ends(scale)[part], cond
+
+    def grid(self, name, steps):
+        spacing = {
+            "logistic": functools.partial(jd.grids.logistic, exponent=0.75),
+            "half-log-SNR": jd.grids.half_log_snr,
+        }[name]
+        return spacing(self.process, steps, t_max=self.span[0], t_min=self.span[1])
+
+    def error(self, table, part, scale):
+        x, ends, cond = self.data(part, scale)
+        gap = np.asarray(jd.sample(self.denoiser(scale), table, x, cond=cond), np.float64) - ends
+        return float(np.median(np.sqrt(np.mean(gap.reshape(len(gap), -1) ** 2, 1))))
+
+    def best_of(self, tables, scale):
+        """The table that does best on the held-out starts."""
+        return min(tables, key=lambda t: np.nan_to_num(self.error(t, self.held, scale), nan=np.inf))
+
+
+# --- the problems ---------------------------------------------------------------------------------
+
+
+def of_mixture(kind, dim):
+    process, t_max, t_min = PROCESSES[kind]
+    mix = mixture(dim)
+    levels = [(float(process.alpha(t)), float(process.sigma(t))) for t in (t_max, t_min)]
+    x = mix.sample(np.random.default_rng(1000 + dim), 1792, *levels[0])
+    ends = mix.flow(x, *levels)
+    denoiser = jd.gaussian_mixture(mix.means, mix.std, mix.weights, process)
+    return Problem(
+        process, (t_max, t_min), lambda scale: denoiser, x.astype(np.float32), None,
+        lambda scale: ends, slice(1024), slice(1024, 1280), slice(1280, None), 800,
+    )  # fmt: skip
+
+
+def _conditional(params, x, levels, cond):
+    """E[x0 | x] of the whole mixture (cond 0), or of a quarter of its components (cond 1)."""
+    whole, part = (m.denoise(x, *levels[1:]) for m in params)
+    return jnp.where(cond[:, None] == 1, part, whole)
+
+
+def _many_steps(denoiser, process, span, x, cond):
+    grid = jd.grids.half_log_snr(process, 1000, t_max=span[0], t_min=span[1])
+    table = jd.solvers.build("dpm_solver_pp_2m", grid)
+    return np.asarray(jd.sample(denoiser, table, x, cond=cond), np.float64)
+
+
+def of_guidance():
+    process, *span = next(iter(PROCESSES.values()))
+    mix = mixture(16)
+    whole = jd.gaussian_mixture(mix.means, mix.std, mix.weights)
+    part = jd.gaussian_mixture(mix.means[:4], mix.std[:4], np.ones(4))
+    inner = jd.Denoiser(_conditional, "x0", (whole.params, part.params), level)
+    x = np.asarray(process.prior(jax.random.key(5), (1792, 16)))
+    cond = np.ones(len(x), np.int32)
+
+    def guided(scale):
+        return jd.guidance.classifier_free(inner, scale, 0)
+
+    @functools.cache
+    def ends(scale):
+        return _many_steps(guided(scale), process, span, x, cond)
+
+    parts = slice(1024), slice(1024, 1280), slice(1280, None)
+    return Problem(process, tuple(span), guided, x, cond, ends, *parts, 800)
+
+
+def of_digits(run):
+    experiment = read_experiment(run)
+    variables = restore(experiment, run).ema
+    process, count = experiment.process, 384
+    span = process.t_max, process.t_min
+    x = np.asarray(process.prior(jax.random.key(6), (count, *experiment.shape)))
+    labels = np.asarray(balanced_labels(experiment, count))
+
+    @functools.cache
+    def guided(scale):
+        return jd.guidance.classifier_free(experiment.denoiser(variables), scale, 10)
+
+    @functools.cache
+    def ends(scale):
+        return _many_steps(guided(scale), process, span, x, labels)
+
+    parts = slice(128), slice(128, 192), slice(192, None)
+    return Problem(process, span, guided, x, labels, ends, *parts, 150)
+
+
+def problems(run):
+    """{name: function that makes the problem}."""
+    found = {
+        f"{kind}; {dim}-D": functools.partial(of_mixture, kind, dim)
+        for kind, dim in itertools.product(PROCESSES, DIMS)
+    }
+    found[GUIDED] = of_guidance
+    if run:
+        found[DIGITS] = functools.partial(of_digits, run)
+    return found
+
+
+# --- the methods: (problem, evaluations, scale) -> table ------------------------------------------
+
+
+@functools.cache
+def chosen(cell):
+    """The training-free choice of a cell of results/quality.json."""
+    text = (machine.RESULTS / "quality.json").read_text()
+    return json.loads(text)["cells"][cell]["ours"]["choice"].split("; ")
+
+
+def training_free(kind, dim, nfe):
+    label, grid, *analytic = chosen(f"{kind}; {dim}-D; {nfe} NFE")
+    build, name, options = ours(nfe)[label]
+    each, extra = evaluations_of(name, options)
+    table = build(grids(kind, (nfe + len(analytic) - extra) // each, None, False)[grid])
+    return jd.solvers.analytic_first_step(table, std=SPREAD) if analytic else table
+
+
+def best_training_free(problem, nfe, scale, name):
+    if name.count("; ") == 1:
+        kind, dim = name.split("; ")
+        return training_free(kind, int(dim.split("-")[0]), nfe)
+    tables = []
+    for kind, dim in itertools.product(PROCESSES, DIMS):
+        label, _, *analytic = chosen(f"{kind}; {dim}-D; {nfe} NFE")
+        build, method, options = ours(nfe)[label]
+        each, extra = evaluations_of(method, options)
+        steps = (nfe + len(analytic) - extra) // each
+        for table in (build(problem.grid(g, steps)) for g in ("logistic", "half-log-SNR")):
+            tables.append(
+                jd.solvers.analytic_first_step(table, std=SPREAD) if analytic else table
+            )
+    for method, grid in itertools.product(
+        ("dpm_solver_pp_2m", "unipc_2", "unipc_3", "ipndm_3", "deis_tab3", "flow_pc_2", "flow_pc_3"),
+        ("logistic", "half-log-SNR"),
+    ):
+        tables.append(jd.solvers.build(method, problem.grid(grid, nfe)))
+    return problem.best_of([t for t in tables if t.nfe == nfe], scale)
+
+
+def gits(problem, nfe, scale, name):
+    x, _, cond = problem.data(slice(problem.fit.start, 128), scale)
+    fine = jd.grids.karras(problem.process, 60, t_max=problem.span[0], t_min=problem.span[1])
+    if fine.ends[0]:
+        return None
+    grid = jd.calibration.trajectory_grid(problem.denoiser(scale), fine, x, nfe, cond=cond)
+    return problem.best_of([jd.solvers.build(s, grid) for s in ("ddim", "ipndm_3", "unipc_2")], scale)
+
+
+def auto_diffusion(problem, nfe, scale, name):
+    x, ends, cond = problem.data(slice(problem.fit.start, 256), scale)
+    fine = problem.grid("half-log-SNR", 60)
+
+    def fitness(samples):
+        gap = (samples - ends).reshape(len(ends), -1)
+        return float(np.exp(np.mean(np.log(np.linalg.norm(gap, axis=1)))))
+
+    tables = [
+        jd.calibration.search_steps(
+            problem.denoiser(scale), fine, x, nfe, functools.partial(jd.solvers.build, family),
+            fitness, cond=cond,
+        ).tableau
+        for family in ("unipc_2", "flow_pc_2")
+    ]  # fmt: skip
+    return problem.best_of(tables, scale)
+
+
+def s3(problem, nfe, scale, name):
+    x, ends, cond = problem.data(problem.fit, scale)
+    held_x, held_ends, held_cond = problem.data(problem.held, scale)
+    return jd.calibration.search_solver(
+        problem.denoiser(scale), problem.grid("logistic", nfe), x[:256], ends[:256],
+        (held_x, held_ends), cond=None if cond is None else cond[:256], held_out_cond=held_cond,
+    ).tableau  # fmt: skip
+
+
+def dc_solver(problem, nfe, scale, name):
+    x, _, cond = problem.data(slice(0, 10), scale)
+    tables = []
+    for grid in (problem.grid(g, nfe) for g in ("logistic", "half-log-SNR")):
+        for base in (jd.solvers.unipc(grid, 2), jd.solvers.unipc(grid, 3)):
+            fit = jd.calibration.fit_compensation(problem.denoiser(scale), base, grid, x, cond)
+            tables.append(jd.solvers.dynamic_compensation(base, grid, fit.ratios))
+    return problem.best_of(tables, scale)
+
+
+_statistics = {}
+
+
+def dpm_solver_v3(problem, nfe, scale, name):
+    if name not in _statistics:
+        x, _, cond = problem.data(slice(0, 256), scale)
+        grid = problem.grid("half-log-SNR", 120)
+        if any(grid.ends):
+            return None
+        path = jd.sample(problem.denoiser(scale), jd.solvers.build("dpm_solver_pp_2m", grid), x,
+                         cond=cond, save="nodes")  # fmt: skip
+        batches = [path if cond is None else (path, cond)]
+        _statistics[name] = jd.calibration.estimate_statistics(
+            problem.denoiser(scale), grid, batches, "rademacher", 4, key=jax.random.key(0)
+        )
+    tables = [
+        jd.solvers.dpm_solver_v3(
+            problem.grid(grid, nfe), _statistics[name], order, pseudo, corrector
+        )
+        for grid, order, pseudo, corrector in itertools.product(
+            ("logistic", "half-log-SNR"), (2, 3), (False, True), ("none", "same", "pseudo")
+        )
+    ]
+    return problem.best_of(tables, scale)
+
+
+def learned(problem, nfe, scale, name, shaped=False):
+    x, ends, cond = problem.data(problem.fit, scale)
+    held_x, held_ends, held_cond = problem.data(problem.held, scale)
+    mean, std = ends.mean(0), float(ends.std(0).mean())
+
+    def family(grid):
+        table = jd.solvers.exponential_adams(
+            grid, integrand="flow", order=2, corrector=4, blend=0.25
+        )
+        return jd.solvers.analytic_first_step(table, mean, std)
+
+    return jd.calibration.learn(
+        problem.denoiser(scale), family, problem.grid("logistic", nfe + 1), x,
+        ends.astype(np.float32), (held_x, held_ends.astype(np.float32)), history=nfe, shaped=shaped,
+        cond=cond, held_out_cond=held_cond, steps=problem.steps, learning_rate=0.02,
+    ).tableau  # fmt: skip
+
+
+METHODS = {
+    BEST: best_training_free, "GITS": gits, "AutoDiffusion": auto_diffusion, "S^3": s3,
+    "DC-Solver": dc_solver, "DPM-Solver-v3": dpm_solver_v3, LEARNED: learned,
+    SHAPED: functools.partial(learned, shaped=True),
+}  # fmt: skip
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def measure(run, names, path):
+    """{problem: {nfe: {method: [error at each scale]}}}; finished cells are kept in `path`."""
+    kept = {}
+    for line in path.read_text().splitlines() if path and path.exists() else ():
+        (name, nfe, errors) = json.loads(line)
+        kept[name, nfe] = errors
+    for name, make in problems(run).items():
+        problem = None
+        for nfe in (5, 6) if name == DIGITS else NFE:
+            if (name, nfe) in kept or (names and name not in names):
+                continue
+            problem = problem or make()
+            scales = SCALES if name in (GUIDED, DIGITS) else (1.0,)
+            errors = {}
+            for method, fit in METHODS.items():
+                table = fit(problem, nfe, scales[0], name)
+                if table is not None:
+                    assert table.nfe == nfe, (method, table.nfe)
+                    errors[method] = [problem.error(table, problem.fresh, s) for s in scales]
+            kept[name, nfe] = errors
+            print(name, nfe, {m: float(f"{e[0]:.2g}") for m, e in errors.items()}, flush=True)
+            if path:
+                with path.open("a") as file:
+                    file.write(json.dumps([name, nfe, errors]) + "\n")
+    found = {}
+    for name in problems(run):
+        cells = {nfe: errors for (which, nfe), errors in sorted(kept.items()) if which == name}
+        found |= {name: cells} if cells else {}
+    return found
+
+
+def over_best(found):
+    """Errors over the best training-free one's, at the scale fitted to: {problem: {method: {nfe}}}."""
+    return {
+        name: {
+            method: {
+                nfe: round(e[method][0] / e[BEST][0], 3) for nfe, e in cells.items() if method in e
+            }
+            for method in list(METHODS)[1:]
+        }
+        for name, cells in found.items()
+    }
+
+
+def over_scales(found):
+    """Of the guided problems: the same at every scale, of the learned ones."""
+    return {
+        f"{name}; {nfe} NFE": {
+            method: dict(zip(SCALES, np.round(np.divide(e[method], e[BEST]), 3).tolist()))
+            for method in (LEARNED, SHAPED)
+        }
+        for name in (GUIDED, DIGITS) for nfe, e in found.get(name, {}).items()
+    }  # fmt: skip
+
+
+def draw(found, path):
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    for axis, (name, cells) in zip(axes.flat, found.items()):
+        for method, style in zip(METHODS, ("ks--", "v:", "^:", "d:", "<:", ">:", "o-", "P-")):
+            points = [(nfe, e[method][0]) for nfe, e in cells.items() if method in e]
+            axis.loglog(*zip(*points), style, ms=5, label=method)
+        axis.set(title=name, xticks=NFE, xticklabels=NFE)
+        axis.title.set_fontsize(9)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("evaluations (NFE)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("median error / sqrt(size)")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="a trained digits run; none skips the network")
+    parser.add_argument("--cells", type=Path, help="a file that keeps cells, to go on from there")
+    parser.add_argument("--only", nargs="*", help="fit these problems alone and write no results")
+    given = parser.parse_args()
+    found = measure(given.run, given.only, given.cells)
+    if not given.only:
+        machine.RESULTS.mkdir(exist_ok=True)
+        draw(found, machine.RESULTS / "learned.png")
+        machine.write("learned", {
+            "over the best training-free": over_best(found),
+            "guidance scales, fitted at the first": over_scales(found),
+            "median errors": found,
+        })  # fmt: skip
