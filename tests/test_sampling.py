@@ -319,6 +319,23 @@ def test_a_restart_adds_its_noise_between_the_pieces(x64):
         np.testing.assert_allclose(got, expected, rtol=1e-11)
 
 
+def test_stacked_coefficients_with_some_of_a_samples_axes_are_those_of_its_last(x64):
+    table = jd.solvers.ddim(jd.grids.half_log_snr(PROCESS, 3))
+    rng = np.random.default_rng(1)
+    shapes = (), (3,), (2, 3), (2, 1)
+    tables = [dataclasses.replace(table, d=rng.normal(size=(3, 1, *shape))) for shape in shapes]
+    denoiser, x = jd.Denoiser(_half), jnp.asarray(rng.normal(size=(4, 2, 3)))
+    found = jax.vmap(lambda t: jd.sample(denoiser, t, x))(jd.solvers.stack(tables))
+    for got, one in zip(found, tables):
+        np.testing.assert_allclose(got, jd.sample(denoiser, one, x), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"one shape of sample, got .*\(3,\) and \(2,\)"):
+        jd.solvers.stack([tables[1], dataclasses.replace(table, d=np.zeros((3, 1, 2)))])
+
+
+def _half(x, t):
+    return 0.5 * x
+
+
 def test_stack_and_concatenate_refuse_what_they_cannot_do():
     grid = jd.grids.half_log_snr(PROCESS, 3)
     stacked = jd.solvers.stack([jd.solvers.ddim(grid)] * 2)

@@ -128,15 +128,19 @@ def stack(tableaux: Sequence[Tableau]) -> Tableau:
             ),
         ))  # fmt: skip
 
-    def join(*leaves):
-        xp = namespace(leaves)
-        ndim = max(x.ndim for x in leaves)
-        # State-shaped coefficients beside plain ones: give the plain ones axes of size 1.
-        grown = [x.reshape(x.shape + (1,) * (ndim - x.ndim)) for x in leaves]
-        shape = np.broadcast_shapes(*(x.shape for x in grown))
-        return xp.stack([xp.broadcast_to(x, shape) for x in grown])
+    def join(lead, *leaves):
+        return namespace(leaves).stack(_align(namespace(leaves), leaves, [lead] * len(leaves)))
 
-    return jax.tree.map(join, *padded)
+    return jax.tree.map(join, _leads(padded[0]), *padded)
+
+
+def _leads(tableau: Tableau) -> Tableau:
+    """The number of axes of every coefficient that are not a sample's."""
+    axes = {"A": 3, "B": 4, "C": 2, "d": 2, "u": 3, "w": 3, "clock": 2, "nodes": 2}
+    axes |= dict.fromkeys(("t", "alpha", "sigma", "active", "draw"), 1)
+    present = {f: None if getattr(tableau, f) is None else lead for f, lead in axes.items()}
+    start = jax.tree.map(lambda _: 1, tableau.start)
+    return dataclasses.replace(tableau, **present, start=start)
 
 
 def concatenate(tableaux: Sequence[Tableau]) -> Tableau:
@@ -227,7 +231,7 @@ def _align(xp: Any, arrays: Sequence[Any], leads: Sequence[int]) -> list[Any]:
         sample = np.broadcast_shapes(*shapes)
     except ValueError:
         raise ValueError(
-            "concatenate takes tableaux for one shape of sample, got coefficients for "
+            "tableaux are joined for one shape of sample, got coefficients for "
             f"{' and '.join(map(str, shapes))}"
         ) from None
     return [xp.broadcast_to(a, a.shape[:lead] + sample) for a, lead in zip(arrays, leads)]
