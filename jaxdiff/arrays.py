@@ -65,8 +65,9 @@ def _as_array(leaf):
 def jit_trees(fn: Callable) -> Callable:
     """`jax.jit` for pytrees of anything: `fn(*trees)` traces the arrays, all other leaves are static.
 
-    What `equinox.filter_jit` does, with less to do a call. NumPy arrays stay on the host until the
-    compiled function places them: one by one, a table's took as long as a small network's call.
+    `equinox.filter_jit` for positional arguments and results of arrays alone, with less to do a call.
+    NumPy arrays stay on the host until the compiled function places them: one by one, a table's took
+    as long as a small network's call. Structures are told apart as by `structure_hash`.
     """
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -6,22 +6,22 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxdiff.arrays import as_arrays, structure_hash
+from jaxdiff.arrays import as_arrays, jit_trees, structure_hash
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.grids.grid import make
 from jaxdiff.sampling import check_call, sample
-from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.clocks import check_choice, check_order
 from jaxdiff.solvers.tableau import Tableau
 
 PARTS = ("nodes", "coefficients", "times")
+AVERAGES = ("arithmetic", "geometric")
 _CHUNK = 25  # steps between two looks at the held-out error
 
 
@@ -78,8 +78,10 @@ def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Free
           B_k + W (f_k - mean f),    W = sum_k B_k,    f = coefficients,
 
       over the ages that exist there. The weights' sum, which is the exact integral of a constant,
-      is what it was: an order-1 method stays one. With one register and all integrands kept these
-      are all such methods: earlier states are combinations of the present one and the integrands.
+      is what it was: an order-1 method stays one. Of a family with one register and one output,
+      all integrands kept, these are all linear methods that are exact where x0 and eps stay
+      constant: their earlier states are combinations of the present one and the integrands. Where
+      an `analytic_first_step` replaced an evaluation, what x_T weighs is not free.
     - The network is evaluated at the time t_r + tanh(times_r) / 2 (t_{r +- 1} - t_r), with the level
       of that time; what it says is converted as if at t_r (Tong et al., "Learning to Discretize
       Denoising Diffusion ODEs" (2024), decouple the two so).
@@ -134,17 +136,17 @@ def learned_tableau(family: Callable[[Grid], Tableau], grid: Grid, freedom: Free
 def learn(
     denoiser: Denoiser, family: Callable[[Grid], Tableau], grid: Grid, x_T: Any, target: Any,
     held_out: tuple[Any, Any], *, parts: Sequence[str] = PARTS, history: int | None = None,
-    shaped: bool = False, average: str = "geometric", cond: Any = None, held_out_cond: Any = None,
+    shaped: bool = False, average: str = "arithmetic", cond: Any = None, held_out_cond: Any = None,
     steps: int = 500, learning_rate: float = 1e-2, decay: float = 1e-3,
 ) -> Learned:  # fmt: skip
     """Fit the free parts of a family's table to where a teacher ends.
 
     Minimises, by Adam with a cosine decay, the average over samples of the error |x - x*| /
     sqrt(size) (its logarithm, for the geometric average) plus decay |freedom|^2, a mean over
-    components where they have their own, through the sampler itself. Kin to LD3 (Tong et al. 2024:
-    nodes and times from a teacher's end points) and Bespoke solvers (Shaul et al. 2023); neither's
-    loss nor its parametrisation is repeated. What is returned did best on the held-out starts, the
-    family's own table included.
+    components where they have their own, through the sampler itself; a step whose gradient is not
+    finite is left out. What is returned did best on the held-out starts, the family's own table
+    included. Kin to LD3 (Tong et al. 2024: nodes and times from a teacher's end points) and Bespoke
+    solvers (Shaul et al. 2023); neither's loss nor its parametrisation is repeated.
 
     Arguments:
       denoiser: under the guidance that it will be used with.
@@ -159,20 +161,29 @@ def learn(
         look further back than the family.
       shaped: give every component of a sample, an array, coefficients of its own. They take more
         starts to learn, and the solver then fits samples of this shape only.
-      average: "geometric", which the few samples that end in another mode do not rule; or
-        "arithmetic".
+      average: "arithmetic"; or "geometric", which the few samples that end in another mode do not
+        rule.
       cond, held_out_cond: passed to the denoiser.
 
-    Raises ValueError for unknown parts or averages, a stochastic family, or what `sample` raises.
+    Raises ValueError for unknown parts or averages, numbers out of range, a stochastic family, a
+    family's table whose error is not finite, or what `sample` raises.
     """
     for part in parts:
         check_choice("part", part, PARTS)
-    check_choice("average", average, ("geometric", "arithmetic"))
+    check_choice("average", average, AVERAGES)
+    check_order(steps, 10**7, "steps")
+    check_order(1 if history is None else history, 10**4, "history")
+    if not 0 < learning_rate < np.inf or not 0 <= decay < np.inf:
+        raise ValueError(
+            f"learning_rate must be positive and decay not negative, got {learning_rate!r}, {decay!r}"
+        )
+    if not parts:
+        raise ValueError(f"parts must name what may change, of {list(PARTS)}")
+    if not isinstance(held_out, tuple) or len(held_out) != 2:
+        raise ValueError("held_out must be a tuple (x_T, target)")
     base = family(grid)
     if base.stochastic:
         raise ValueError("only deterministic samplers can be fitted to end points")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
     data = as_arrays(((x_T, target, cond), (*held_out, held_out_cond)))
     for x, ends, c in data:
         check_call(denoiser, base, x, None, None, c, "final", None, None)
@@ -190,13 +201,17 @@ def learn(
     free = jax.tree.map(lambda a: jnp.asarray(a, dtype), free)
     chunks = -(-steps // _CHUNK)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, chunks * _CHUNK))
-    call = _Fit(family, grid, tuple(parts), optimizer, float(decay), average == "geometric")
+    fit = _Fit(family, grid, tuple(parts), optimizer, float(decay), average == "geometric")
     state = optimizer.init(free)
     structure = structure_hash(denoiser, data)
-    losses, best = [_losses(call, denoiser, free, data, structure)], free
+    # Of this call: what they compile goes when it ends.
+    errors, advance = jit_trees(fit.errors), jit_trees(fit.advance)
+    losses, best = [errors(denoiser, free, data, structure)], free
+    if not np.all(np.isfinite(losses[0])):
+        raise ValueError(f"the family's own errors must be finite, got {np.asarray(losses[0])}")
     for _ in range(chunks):
-        free, state = _advance(call, denoiser, free, state, data, structure)
-        losses.append(_losses(call, denoiser, free, data, structure))
+        free, state = advance(denoiser, free, state, data, structure)
+        losses.append(errors(denoiser, free, data, structure))
         if losses[-1][1] <= np.nanmin([held for _, held in losses]):
             best = free
     freedom = jax.tree.map(lambda a: np.asarray(a, np.float64), best)
@@ -239,24 +254,23 @@ class _Fit:
         error = self.error(denoiser, free, data)
         return (jnp.log(error) if self.geometric else error) + self.decay * size
 
+    def errors(self, denoiser, free, data, structure):
+        """On the starts to fit and on those held out."""
+        return tuple(self.error(denoiser, free, part) for part in data)
 
-@eqx.filter_jit
-def _losses(call: _Fit, denoiser: Any, free: Freedom, data: Any, structure: int) -> tuple:
-    return tuple(call.error(denoiser, free, part) for part in data)
+    def advance(self, denoiser, free, state, data, structure):
+        """`_CHUNK` steps of the optimizer."""
 
+        def step(carry, _):
+            free, state = carry
+            gradient = jax.grad(self.penalised)(free, denoiser, data[0])
+            # One sample on the brink between two modes must not throw the solver away.
+            finite = jnp.all(jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]))
+            gradient = Freedom(**{
+                n: jnp.where(finite, getattr(gradient, n), 0.0) if n in self.parts
+                else jnp.zeros_like(getattr(gradient, n)) for n in PARTS
+            })  # fmt: skip
+            updates, state = self.optimizer.update(gradient, state, free)
+            return (optax.apply_updates(free, updates), state), None
 
-@eqx.filter_jit
-def _advance(
-    call: _Fit, denoiser: Any, free: Freedom, state: Any, data: Any, structure: int
-) -> tuple[Freedom, Any]:
-    frozen = {name: 1.0 if name in call.parts else 0.0 for name in PARTS}
-
-    def step(carry, _):
-        free, state = carry
-        gradient = jax.grad(call.penalised)(free, denoiser, data[0])
-        # One sample on the brink between two modes must not throw the solver away.
-        gradient = Freedom(**{n: frozen[n] * jnp.nan_to_num(getattr(gradient, n)) for n in PARTS})
-        updates, state = call.optimizer.update(gradient, state, free)
-        return (optax.apply_updates(free, updates), state), None
-
-    return jax.lax.scan(step, (free, state), None, _CHUNK)[0]
+        return jax.lax.scan(step, (free, state), None, _CHUNK)[0]

@@ -12,12 +12,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxdiff.arrays import jit_trees, structure_hash
+from jaxdiff.arrays import as_arrays, jit_trees, structure_hash
 from jaxdiff.calibration.evolution import check_count, draw_unseen, evolve
+from jaxdiff.calibration.learned import AVERAGES
 from jaxdiff.calibration.solver_space import Moves, SolverSpace
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.sampling import check_call, sample
+from jaxdiff.solvers.clocks import check_choice
 from jaxdiff.solvers.combine import stack
 from jaxdiff.solvers.tableau import Tableau
 from jaxdiff.solvers.unified import unified
@@ -47,8 +49,8 @@ class SolverSearch(NamedTuple):
 
 def search_solver(
     denoiser: Denoiser, grid: Grid, x_T: Any, target: Any = None, held_out: Any = None, *,
-    fitness: Callable[[Any], float] | None = None, cond: Any = None, held_out_cond: Any = None,
-    space: SolverSpace | None = None, initial: Sequence[Genotype] = (),
+    average: str = "arithmetic", fitness: Callable[[Any], float] | None = None, cond: Any = None,
+    held_out_cond: Any = None, space: SolverSpace | None = None, initial: Sequence[Genotype] = (),
     statistics: Any = (0.5, -0.5, 0.0), mean: ArrayLike = 0.0, population: int = 100,
     stages: int = 4, proposals: int = 50, finalists: int = 8, chunk: int = 50, seed: int = 0,
 ) -> SolverSearch:  # fmt: skip
@@ -68,7 +70,9 @@ def search_solver(
       grid: its ends, process and number of steps count, and its nodes for the fixed schedules.
       x_T: starts [batch, ...].
       target: where a teacher ends from them (an exact flow, or `jaxdiff.sample` with many steps);
-        the score is the mean over samples of |x - x*| / sqrt(size). Or give `fitness`.
+        the score is the average over samples of |x - x*| / sqrt(size). Or give `fitness`.
+      average: "arithmetic"; or "geometric", which the few samples that end in another mode do not
+        rule.
       held_out: (x_T, target), or x_T alone with `fitness`: the `finalists` best genotypes are
         compared on these, and the best there is returned; without it, the one of the best score.
       fitness: samples [batch, ...] -> a number, lower is better (`mmd_to(data)`,
@@ -99,7 +103,8 @@ def search_solver(
         raise ValueError("held_out_cond is that of held_out, which is None")
     if grid.process is None:
         raise ValueError("a search moves nodes: build the grid with jaxdiff.grids, not from arrays")
-    judge, held_judge = _judges(x_T, target, held_out, fitness)
+    judge, held_judge = _judges(x_T, target, held_out, fitness, average)
+    denoiser = as_arrays(denoiser)
     moves = Moves(space, grid, grid.steps)
     rng = np.random.default_rng(seed)
 
@@ -145,8 +150,11 @@ def search_solver(
     )  # fmt: skip
 
 
-def _judges(x_T: Any, target: Any, held_out: Any, fitness: Any) -> tuple[Callable, Callable]:
+def _judges(
+    x_T: Any, target: Any, held_out: Any, fitness: Any, average: str
+) -> tuple[Callable, Callable]:
     """Samples to a number, for the starts and for those held out."""
+    check_choice("average", average, AVERAGES)
     if (target is None) == (fitness is None):
         raise ValueError("give either target or fitness")
     if fitness is not None:
@@ -169,7 +177,10 @@ def _judges(x_T: Any, target: Any, held_out: Any, fitness: Any) -> tuple[Callabl
                 (np.asarray(a, np.float64) - np.asarray(b)).reshape(len(a), -1)
                 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(ends))
             ]
-            return float(np.mean(np.sqrt(np.mean(np.concatenate(gaps, 1) ** 2, 1))))
+            errors = np.sqrt(np.mean(np.concatenate(gaps, 1) ** 2, 1))
+            if average == "geometric":
+                return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-10)))))
+            return float(np.mean(errors))
 
         return distance
 

@@ -61,6 +61,8 @@ class SolverSpace:
             for name in names:
                 check_choice(field, name, accepted)
         check_order(self.highest_order, HIGHEST_ORDER, "highest_order")
+        if not isinstance(self.times, (bool, np.bool_)):
+            raise ValueError(f"times must be True or False, got {self.times!r}")
         for field in ("low_order", "corrected", "reevaluated", "rate"):
             if not 0.0 <= getattr(self, field) <= 1.0:
                 raise ValueError(f"{field} must lie in [0, 1], got {getattr(self, field)!r}")

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
-from jaxdiff.arrays import jit_trees, structure_hash
+from jaxdiff.arrays import as_arrays, jit_trees, structure_hash
 from jaxdiff.calibration.evolution import Evolved, draw_unseen, evolve
 from jaxdiff.calibration.step_space import Genotype, StepSpace
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.metrics import frechet_distance, median_bandwidth, rbf
 from jaxdiff.metrics.kernels import mean_kernel
-from jaxdiff.metrics.points import pair
+from jaxdiff.metrics.points import pair, points
 from jaxdiff.models import skip_blocks
 from jaxdiff.sampling import check_call, sample
 from jaxdiff.solvers.clocks import check_order
@@ -103,6 +103,7 @@ def search_steps(
             f"mutated + crossed must be at most {population}, the population, got "
             f"{mutated} + {crossed}"
         )
+    denoiser = as_arrays(denoiser)
     x_T, cond = jax.tree.map(jnp.asarray, (x_T, cond))
     even = space.even()
     table, whole = space.tableau(even), space.evaluated(even)
@@ -160,17 +161,16 @@ def mmd_to(data: Float[ArrayLike, "n ..."], bandwidth: float | None = None) -> C
     """Fitness: the squared `jaxdiff.metrics.mmd` to the data, unbiased; inf for NaN or infinity.
 
     Its kernel is Gaussian, of the median distance within the data unless a bandwidth is given: the
-    same for all samples. Raises ValueError for fewer than 2 data or a bandwidth that is not
-    positive.
+    same for all samples. Raises ValueError for fewer than 2 data, NaN or infinity in them, or a
+    bandwidth that is not positive.
     """
-    data = np.asarray(data)
-    if data.ndim == 0 or len(data) < 2:
-        raise ValueError(f"needs at least 2 data, [n, ...], got shape {data.shape}")
+    data = _two_or_more(data)
+    rows = points(data, "the data")
     if bandwidth is None:
         bandwidth = median_bandwidth(data[::2], data[1::2])
-    kernel, points = rbf(bandwidth), pair(data, data)[0]
+    kernel = rbf(bandwidth)
     # Once, not for every candidate.
-    within = mean_kernel(kernel, points, points, without_diagonal=True)
+    within = mean_kernel(kernel, rows, rows, without_diagonal=True)
     return partial(_mmd, data=data, kernel=kernel, within=within)
 
 
@@ -187,10 +187,20 @@ def frechet_to(
 ) -> Callable:
     """Fitness: the `jaxdiff.metrics.frechet_distance` to the data; inf for NaN or infinity.
 
-    Of features(samples) [n, dim], by default of the samples themselves, flattened.
+    Of features(samples) [n, dim], by default of the samples themselves, flattened. Raises
+    ValueError for fewer than 2 data, or NaN or infinity in their features.
     """
     features = features or _flat
-    return partial(_frechet, data=features(np.asarray(data)), features=features)
+    found = features(_two_or_more(data))
+    points(found, "the data's features")
+    return partial(_frechet, data=found, features=features)
+
+
+def _two_or_more(data):
+    data = np.asarray(data)
+    if data.ndim == 0 or len(data) < 2:
+        raise ValueError(f"needs at least 2 data, [n, ...], got shape {data.shape}")
+    return data
 
 
 def _flat(x):

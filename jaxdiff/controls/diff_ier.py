@@ -1,10 +1,10 @@
 """DiffIER: the state is moved, before every evaluation, to where the guided prediction errs less.
 
-Chen, Ding & Xue, "DiffIER: Optimizing Diffusion Models with Iterative Error Reduction" (2025). In
-training a network sees x_t = alpha x0 + sigma eps and predicts that eps; a guided sampler brings it
-states where its prediction is another than the noise that the state was made with, the more so the
-stronger the guidance. Of the paper no more than its abstract could be read here, and no code is
-public: the error and the iteration below are made to that description, not the authors' own.
+After the idea of Chen, Ding & Xue, "DiffIER: Optimizing Diffusion Models with Iterative Error
+Reduction" (2025), known to this library from its abstract; the error measure and the iteration are
+this library's own and may differ from theirs. In training a network sees x_t = alpha x0 + sigma eps
+and predicts that eps; a guided sampler brings it states where its prediction is another than the
+noise that the state was made with, the more so the stronger the guidance.
 
 The x0 that the last evaluation predicted, m, and the state x of the row make a pair of a forward
 sample: x = alpha m + sigma e, e = (x - alpha m) / sigma (for DDIM, e is the last predicted noise).
@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxdiff.arrays import as_arrays, is_concrete, to_batch
 from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.predictions import convert
+from jaxdiff.solvers.clocks import check_order
 
 
 class DiffIERState(NamedTuple):
@@ -39,12 +40,13 @@ class DiffIERState(NamedTuple):
 
     `x0`: the last evaluation's; `eps`: the noise e of the row; both with the state's structure.
     `error`: the accumulated error, the sum over the rows so far of L where the row was evaluated,
-    [batch].
+    [batch]. `ready`: whether there has been an evaluation, in this run or one that it continues.
     """
 
     x0: Any
     eps: Any
     error: Float[Array, " batch"]
+    ready: Bool[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -60,12 +62,12 @@ class DiffIER(Control):
     def init(self, x: Any) -> DiffIERState:
         """No evaluation yet, no error."""
         zeros = jax.tree.map(jnp.zeros_like, x)
-        return DiffIERState(zeros, zeros, _squares(zeros))
+        return DiffIERState(zeros, zeros, _squares(zeros), jnp.zeros((), bool))
 
     def before(
         self, aux: DiffIERState, row: RowInfo, x: Any, key: Any
     ) -> tuple[Any, DiffIERState]:
-        """Move the state; the first row has no pair, and stays."""
+        """Move the state; before the first evaluation it has no pair, and stays."""
         _, t, alpha, sigma, _ = row
         eps = convert(aux.x0, x, "x0", "eps", alpha, sigma)
         aux = aux._replace(eps=eps)
@@ -82,7 +84,7 @@ class DiffIER(Control):
             along = jax.jvp(gap, (x,), (slope,))[1]
             # Beyond this the linear model of the gap would grow again.
             most = _squares(slope) / jnp.maximum(_squares(along), jnp.finfo(sigma.dtype).tiny)
-            length = jnp.where(_paired(row), jnp.minimum(self.step * sigma**2, most), 0.0)
+            length = jnp.where(_paired(aux, row), jnp.minimum(self.step * sigma**2, most), 0.0)
 
             def leaf(a, g):
                 length_ = to_batch(length, a).astype(a.dtype)
@@ -102,14 +104,14 @@ class DiffIER(Control):
             for name in ("x0", "eps")
         )
         more = _squares(jax.tree.map(jnp.subtract, eps, aux.eps))
-        total = aux.error + jnp.where(_paired(row), more, 0.0).astype(aux.error.dtype)
+        total = aux.error + jnp.where(_paired(aux, row), more, 0.0).astype(aux.error.dtype)
         real = row.active != 0
         x0 = jax.tree.map(lambda a, b: jnp.where(real, a.astype(b.dtype), b), x0, aux.x0)
-        return carry, aux._replace(x0=x0, error=total)
+        return carry, aux._replace(x0=x0, error=total, ready=aux.ready | real)
 
 
-def _paired(row: RowInfo) -> Any:
-    return (row.index > 0) & (row.active != 0)
+def _paired(aux: DiffIERState, row: RowInfo) -> Any:
+    return aux.ready & (row.active != 0)
 
 
 def _squares(tree: Any) -> Any:
@@ -137,8 +139,7 @@ def diff_ier(
     number of them, or a step that is negative or not finite.
     """
     check_single(denoiser, "diff_ier")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations must be an integer of at least 0, got {iterations!r}")
+    check_order(iterations, 10**6, "iterations", 0)
     if is_concrete(step) and not (jnp.ndim(step) == 0 and 0 <= step < jnp.inf):
         raise ValueError(f"step must be a finite number of at least 0, got {step!r}")
-    return DiffIER(*as_arrays((denoiser, cond, step)), iterations)
+    return DiffIER(*as_arrays((denoiser, cond, step)), int(iterations))

@@ -88,10 +88,10 @@ def _own_grid(grid: Grid, genotype: Genotype) -> Grid:
         return grid
     if grid.process is None:
         raise ValueError("a genotype with times needs a grid from a process, not from arrays")
-    t = np.array(genotype.times)
+    t = np.array(genotype.times, float)
     if is_concrete(grid.t):
         ends = float(grid.t[0]), float(grid.t[-1])
-        if np.any(t <= min(ends)) or np.any(t >= max(ends)):
+        if not np.all((min(ends) < t) & (t < max(ends))):
             raise ValueError(f"times must lie within the grid's {ends}, got {genotype.times}")
     xp = grid.xp
     inner = t, grid.process.alpha(t), grid.process.sigma(t)

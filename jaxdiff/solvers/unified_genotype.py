@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -166,8 +167,9 @@ def check_genotype(genotype: Any) -> Genotype:
     check_choice("first", genotype.first, FIRST)
     if genotype.nfe < 1:
         raise ValueError(f"one step with first={genotype.first!r} makes no evaluation")
-    numbers = isinstance(times, tuple) and all(isinstance(t, (int, float)) for t in times)
-    if not numbers or (times and len(times) != len(decisions) - 1):
+    if not isinstance(times, tuple) or not all(_is_number(t) for t in times):
+        raise ValueError(f"times must be a tuple of numbers, got {times!r}")
+    if times and len(times) != len(decisions) - 1:
         raise ValueError(
             f"times must be a tuple of no or {len(decisions) - 1} numbers, got {times!r}"
         )
@@ -185,8 +187,12 @@ def check_genotype(genotype: Any) -> Genotype:
     return genotype
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_scaling(scaling: Any, name: str) -> None:
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    number = _is_number(scaling)
     if number and not np.isfinite(scaling):
         raise ValueError(f"{name} must be finite, got {scaling!r}")
     if not number:

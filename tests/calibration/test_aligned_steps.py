@@ -197,6 +197,7 @@ GRID = jd.grids.karras(EDM, 3)
     (lambda: aligned_grid(None, GRID, data(), KEYS[0]), TypeError, "takes a jaxdiff.Denoiser"),
     (lambda: kl_bound(mixture(), jd.grids.karras(EDM, 3, end="zero"), data(), KEYS[0]), ValueError,
      "alpha and sigma positive"),
+    (lambda: kl_bound(mixture(), "x", data(), KEYS[0]), TypeError, "Grid, got 'x'"),
     (lambda: kl_bound(mixture(), GRID.reversed(), data(), KEYS[0]), ValueError, "noise to data"),
     (lambda: kl_bound(mixture(), GRID, data()[:1], KEYS[0]), ValueError, "n >= 2, got.*1, 4"),
     (lambda: kl_bound(mixture(), GRID, np.zeros((4, 4)), KEYS[0]), ValueError, "std.*0.0"),

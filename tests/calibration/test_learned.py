@@ -1,5 +1,6 @@
 """Learned solvers: consistent for any parameters, the family's own at zero, better on fresh starts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from oracles import Mixture
 import jaxdiff as jd
 from jaxdiff import calibration
 from jaxdiff.calibration import learned_tableau, no_freedom
+from jaxdiff.denoisers import level
 
 VP, EDM = jd.processes.vp_linear(), jd.processes.edm()
 FAMILIES = {
@@ -122,6 +124,54 @@ def test_it_learns_what_holds_on_fresh_starts():
     assert np.any(nodes.freedom.nodes)
 
 
+def test_components_with_coefficients_of_their_own(tmp_path):
+    """Alone they are their component's sampler, and the zero freedom is the family."""
+    family, grid = FAMILIES["adams"], jd.grids.logistic(EDM, 4)
+    rng = np.random.default_rng(5)
+    plain = no_freedom(family, grid, 4)
+    shaped = no_freedom(family, grid, 4, (2, 3))
+    assert shaped.coefficients.shape == (*plain.coefficients.shape, 2, 3)
+    x = rng.normal(size=(5, 2, 3)) * 80
+    denoiser = jd.Denoiser(_shrink, "x0", time=level)  # acts on each component by itself
+    with jax.enable_x64(True):
+        base = jd.sample(denoiser, family(grid), x)
+        np.testing.assert_allclose(
+            jd.sample(denoiser, learned_tableau(family, grid, shaped), x), base, rtol=1e-11
+        )
+        free = dataclasses.replace(shaped, coefficients=rng.normal(size=shaped.coefficients.shape))
+        table = learned_tableau(family, grid, free)
+        jd.solvers.save(table, tmp_path / "shaped.json")
+        found = jd.sample(denoiser, jd.solvers.load(tmp_path / "shaped.json"), x)
+        for i, j in np.ndindex(2, 3):
+            one = dataclasses.replace(plain, coefficients=free.coefficients[..., i, j])
+            alone = jd.sample(denoiser, learned_tableau(family, grid, one), x)
+            np.testing.assert_allclose(found[:, i, j], alone[:, i, j], rtol=1e-10)
+        assert np.max(np.abs(found - base)) > 0.1
+
+
+def _shrink(x, levels):
+    _, alpha, sigma = levels
+    return x / (alpha**2 + sigma**2) + 0.1 * jnp.sin(x)
+
+
+@pytest.mark.parametrize("average", ["arithmetic", "geometric"])
+def test_the_first_look_is_the_familys_average_error(average):
+    family, grid = FAMILIES["adams"], jd.grids.logistic(EDM, 3)
+    rng = np.random.default_rng(6)
+    x, ends = rng.normal(size=(8, 3)) * 80, rng.normal(size=(8, 3))
+    denoiser = jd.Denoiser(_shrink, "x0", time=level)
+    with jax.enable_x64(True):
+        out = np.asarray(jd.sample(denoiser, family(grid), x))
+        found = calibration.learn(
+            denoiser, family, grid, x[:5], ends[:5], (x[5:], ends[5:]), average=average, shaped=True,
+            steps=1,
+        )  # fmt: skip
+    errors = np.sqrt(np.mean((out - ends) ** 2, 1))
+    mean = np.mean if average == "arithmetic" else lambda e: np.exp(np.mean(np.log(e)))
+    np.testing.assert_allclose(found.train[0], mean(errors[:5]), rtol=1e-9)
+    np.testing.assert_allclose(found.held_out[0], mean(errors[5:]), rtol=1e-9)
+
+
 def test_a_learned_solver_is_a_file(tmp_path):
     found, _, _ = fitted(("nodes", "coefficients", "times"))
     path = tmp_path / "five.json"
@@ -138,6 +188,11 @@ def test_a_learned_solver_is_a_file(tmp_path):
         ({"parts": ("nodes", "order")}, "part.*'order'"),
         ({"family": jd.solvers.ddpm}, "only deterministic"),
         ({"steps": 0}, "steps must be an integer"),
+        ({"average": "median"}, "average.*'median'"),
+        ({"history": 2.5}, "history must be an integer"),
+        ({"learning_rate": np.nan}, "learning_rate must be positive"),
+        ({"decay": -1.0}, "decay not negative"),
+        ({"parts": ()}, "parts must name"),
         ({"target": np.zeros((3, 2))}, "target must have the starts' shapes"),
         ({"grid": jd.grids.from_arrays([1.0, 0.5], [0.1, 0.9], [0.9, 0.1])}, "needs its process"),
     ],

@@ -90,6 +90,22 @@ def test_a_free_start_may_begin_later_and_noise_is_shared():
     np.testing.assert_allclose(found.score, mmd(samples, data, rbf(0.5)), rtol=1e-3)
 
 
+def test_a_number_in_the_denoiser_is_data():
+    """Python numbers as leaves: two of them, one program."""
+    traces, counts = [], []
+
+    def shrink(factor, x, t):
+        traces.append(None)
+        return factor * x
+
+    for factor in (0.5, 0.25):
+        denoiser = jd.Denoiser(shrink, "x0", factor)
+        search_steps(denoiser, jd.grids.uniform(VP, 4), starts(8, 0), 2, DDIM, mmd_to(ring(9, 0)),
+                     population=2, mutated=1, crossed=0, generations=0)  # fmt: skip
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
 # --- blocks ---------------------------------------------------------------------------------------
 
 MODULE = MLP(width=8, depth=3)
@@ -202,6 +218,11 @@ def test_fitness_functions():
         mmd_to(data, 0.0)
     with pytest.raises(ValueError, match="at least 2 data"):
         mmd_to(data[:1])
+    with pytest.raises(ValueError, match=r"at least 2 data.*shape \(\)"):
+        frechet_to(3.0)
+    for fitness in (mmd_to, frechet_to):
+        with pytest.raises(ValueError, match="60 of 60 points"):
+            fitness(np.full_like(data, np.nan))
     with pytest.raises(ValueError, match="points of one shape"):
         mmd_to(data)(np.zeros((5, 3)))
 

@@ -135,8 +135,26 @@ def test_the_iteration_by_hand(x64, prediction, step):
     np.testing.assert_allclose(found.aux.error, total, rtol=1e-9)
 
 
+def test_a_continued_run_moves_its_first_row():
+    """3 + 3 rows are the 6: the pair comes with the state, though rows are counted anew."""
+    denoiser, label = guided(components(0, 4), 4.0), jnp.zeros(6, int)
+    control = diff_ier(denoiser, np.int64(2), cond=label)
+    grid, x = jd.grids.half_log_snr(PROCESS, 6), jax.random.normal(jax.random.key(0), (6, 4))
+
+    def run(first, last, x, state=None):
+        part = jd.grids.from_times(PROCESS, grid.t[first : last + 1])
+        table = jd.solvers.ddim(part)
+        return jd.sample(
+            denoiser, table, x, cond=label, control=control, save="state", state=state
+        )
+
+    whole, parts = run(0, 6, x), run(3, 6, None, run(0, 3, x))
+    np.testing.assert_allclose(parts.registers[0], whole.registers[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts.aux.error, whole.aux.error, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"iterations": -1}, ValueError, "at least 0, got -1"),
+    ({"iterations": -1}, ValueError, "from 0 to.*got -1"),
     ({"iterations": 1.0}, ValueError, "an integer.*got 1.0"),
     ({"step": -0.1}, ValueError, "step must be.*got -0.1"),
     ({"step": np.inf}, ValueError, "finite.*got inf"),

@@ -339,8 +339,10 @@ TWO = (Decision(), Decision())
         ),
         (Genotype((Decision("x0", Expansion(), None, True), *TWO)), ValueError, "no corrector"),
         (Genotype(TWO, (0.5, 0.4)), ValueError, "no or 1 numbers"),
+        (Genotype(TWO, ("0.5",)), ValueError, "times must be a tuple of numbers, got .'0.5'"),
         (Genotype((*TWO, Decision()), (0.4, 0.5)), ValueError, "times must decrease"),
         (Genotype(TWO, (1.5,)), ValueError, "within the grid's"),
+        (Genotype(TWO, (np.nan,)), ValueError, "within the grid's.*nan"),
         (Genotype(TWO, (), "zero"), ValueError, "first.*'zero'"),
         (Genotype((Decision(),), (), "mean"), ValueError, "makes no evaluation"),
         (Genotype(TWO), ValueError, "2 decisions and no times, but the grid 3 steps"),
@@ -349,6 +351,14 @@ TWO = (Decision(), Decision())
 def test_bad_genotypes(genotype, error, message):
     with pytest.raises(error, match=message):
         unified(jd.grids.half_log_snr(VP, 3), genotype)
+
+
+def test_times_may_be_numpy_numbers():
+    """And are float64 all the same."""
+    grid = jd.grids.half_log_snr(VP, 2)
+    found, want = (unified(grid, Genotype(TWO, (time,))) for time in (np.float32(0.5), 0.5))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_grids():
