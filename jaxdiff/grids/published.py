@@ -32,10 +32,11 @@ PUBLISHED = {
 def published(process: Process, name: str, steps: int = 10, end: str = "t_min") -> Grid:
     """The grid that the authors fitted to a network, `resized` if not of 10 steps.
 
-    `name` is "stable_diffusion_1", "stable_diffusion_xl" or "stable_video_diffusion". Sabour, Fidler & Kreis, "Align Your Steps: Optimizing Sampling Schedules in Diffusion Models"
-    (2024); `jaxdiff.calibration.aligned_grid` fits one to a network of yours. `end="zero"` puts
-    sigma = 0 in the last node's place, as is usual with these networks. Raises ValueError for
-    another name, or a process that does not reach these levels (to 1e-4 of them).
+    Sabour, Fidler & Kreis, "Align Your Steps: Optimizing Sampling Schedules in Diffusion Models"
+    (2024), for `stable_diffusion_1`, `stable_diffusion_xl` or `stable_video_diffusion`;
+    `jaxdiff.calibration.aligned_grid` fits one to a network of yours. `end="zero"` puts sigma = 0
+    in the last node's place, as is usual with these networks. Raises ValueError for another name,
+    or a process that does not reach these levels (to 1e-4 of them).
     """
     check(process, end)
     if name not in PUBLISHED:
