@@ -83,9 +83,7 @@ def best_training_free(problem, nfe, scale, name):
         each, extra = evaluations_of(method, options)
         for grid in spacings:
             table = build(problem.grid(grid, (nfe + len(analytic) - extra) // each))
-            tables.append(
-                jd.solvers.analytic_first_step(table, mean, std) if analytic else table
-            )
+            tables.append(jd.solvers.analytic_first_step(table, mean, std) if analytic else table)
     others = [functools.partial(jd.solvers.build, name) for name in OTHERS]
     others.append(functools.partial(
         jd.solvers.exponential_adams, integrand="flow", variable="t", order=2, corrector=4, blend=0.5
@@ -205,15 +203,14 @@ METHODS = {
 # --- the runs -------------------------------------------------------------------------------------
 
 
-def measure(run, names, path):
+def measure(run, names, numbers, path):
     """{problem: {nfe: {method: [error at each scale]}}}; finished cells are kept in `path`."""
     kept = {}
     for line in path.read_text().splitlines() if path and path.exists() else ():
         (name, nfe, errors) = json.loads(line)
         kept[name, nfe] = errors
     made = {name: functools.cache(make) for name, make in problems(run).items()}
-    # The numbers of evaluations with a goal first.
-    for nfe, (name, make) in itertools.product((5, 6, 4, 8, 10), made.items()):
+    for nfe, (name, make) in itertools.product(numbers, made.items()):
         errors = kept.setdefault((name, nfe), {})
         missing = [method for method in METHODS if method not in errors]
         if not missing or (names and name not in names):
@@ -227,23 +224,20 @@ def measure(run, names, path):
         if path:
             with path.open("a") as file:
                 file.write(json.dumps([name, nfe, errors]) + "\n")
-    found = {}
-    for name in problems(run):
-        cells = {
-            nfe: {method: errors[method] for method in METHODS} for (which, nfe), errors in
-            sorted(kept.items(), key=lambda item: item[0]) if which == name and errors
-        }  # fmt: skip
-        found |= {name: cells} if cells else {}
-    return found
+    done = {
+        name: {
+            nfe: {method: kept[name, nfe][method] for method in METHODS} for nfe in sorted(numbers)
+        }
+        for name in made if not names or name in names
+    }  # fmt: skip
+    return done
 
 
 def over_best(found):
     """Errors over the best training-free one's, at the scale fitted to: {problem: {method: {nfe}}}."""
     return {
         name: {
-            method: {
-                nfe: round(e[method][0] / e[BEST][0], 3) for nfe, e in cells.items()
-            }
+            method: {nfe: round(e[method][0] / e[BEST][0], 3) for nfe, e in cells.items()}
             for method in list(METHODS)[1:]
         }
         for name, cells in found.items()
@@ -264,7 +258,9 @@ def over_scales(found):
 def draw(found, path):
     figure, axes = plt.subplots(2, 4, figsize=(15, 7))
     for axis, (name, cells) in zip(axes.flat, found.items()):
-        for method, style in zip(METHODS, ("ks--", "v:", "^:", "d:", "<:", ">:", "x--", "o-", "P-")):
+        for method, style in zip(
+            METHODS, ("ks--", "v:", "^:", "d:", "<:", ">:", "x--", "o-", "P-")
+        ):
             points = [(nfe, e[method][0]) for nfe, e in cells.items()]
             axis.loglog(*zip(*points), style, ms=5, label=method)
         axis.set(title=name, xticks=NFE, xticklabels=NFE)
@@ -285,8 +281,9 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, help="a trained digits run; none skips the network")
     parser.add_argument("--cells", type=Path, help="a file that keeps cells, to go on from there")
     parser.add_argument("--only", nargs="*", help="fit these problems alone and write no results")
+    parser.add_argument("--nfe", nargs="*", type=int, default=NFE, help="numbers of evaluations")
     given = parser.parse_args()
-    found = measure(given.run, given.only, given.cells)
+    found = measure(given.run, given.only, given.nfe, given.cells)
     if not given.only:
         machine.RESULTS.mkdir(exist_ok=True)
         draw(found, machine.RESULTS / "learned.png")
