@@ -256,14 +256,16 @@ def over_scales(found):
 
 
 def draw(found, path):
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7))
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharey=True)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
     for axis, (name, cells) in zip(axes.flat, found.items()):
         for method, style in zip(
             METHODS, ("ks--", "v:", "^:", "d:", "<:", ">:", "x--", "o-", "P-")
         ):
             points = [(nfe, e[method][0]) for nfe, e in cells.items()]
             axis.loglog(*zip(*points), style, ms=5, label=method)
-        axis.set(title=name, xticks=NFE, xticklabels=NFE)
+        axis.set(title=name, xticks=list(cells), xticklabels=list(cells))
         axis.title.set_fontsize(9)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
