@@ -124,6 +124,37 @@ def test_it_learns_what_holds_on_fresh_starts():
     assert np.any(nodes.freedom.nodes)
 
 
+def _which_row(times, x, t):
+    """x0 is the unit vector of the evaluation: states are then their own coefficients."""
+    row = jnp.argmin(jnp.abs(times - t))
+    return jnp.broadcast_to(jax.nn.one_hot(row + 1, x.shape[1], dtype=x.dtype), x.shape)
+
+
+@pytest.mark.parametrize("name", ["unipc_3", "unipc_2_eps", "flow_pc_2", "deis_tab3"])
+def test_weights_with_all_integrands_kept_reach_every_such_method(x64, name):
+    """Methods of other integrands, registers and correctors are DDIM with other weights."""
+    grid = jd.grids.half_log_snr(VP, 5)
+    table, base = jd.solvers.build(name, grid), jd.solvers.ddim(grid)
+    sigma = np.asarray(grid.sigma)
+    states = np.asarray(jd.sample(
+        jd.Denoiser(_which_row, "x0", grid.t[:-1]), table, jnp.eye(6)[:1], save="trajectory"
+    ))[:, 0]  # fmt: skip
+    np.testing.assert_allclose(states[:, 0], sigma / sigma[0], rtol=1e-9)
+    free = no_freedom(jd.solvers.ddim, grid, 5)
+    coefficients = free.coefficients.copy()
+    for r in range(5):
+        weights = (states[r + 1] - sigma[r + 1] / sigma[r] * states[r])[r + 1 : 0 : -1]
+        total = base.B[r, 0].sum()
+        np.testing.assert_allclose(weights.sum(), total, rtol=1e-9)
+        coefficients[r, 0, : r + 1, 0] = weights / total - np.eye(r + 1)[0]
+    same = learned_tableau(jd.solvers.ddim, grid, dataclasses.replace(free, coefficients=coefficients))
+    mixture = jd.gaussian_mixture([[1.0, -1.0], [0.5, 2.0]], [0.3, 0.5], [0.4, 0.6], VP)
+    x = VP.prior(jax.random.key(0), (4, 2), jnp.float64)
+    found, want = (np.asarray(jd.sample(mixture, t, x)) for t in (same, table))
+    np.testing.assert_allclose(found, want, rtol=1e-8)
+    assert np.abs(want - np.asarray(jd.sample(mixture, base, x))).max() > 0.01
+
+
 def test_components_with_coefficients_of_their_own(tmp_path):
     """Alone they are their component's sampler, and the zero freedom is the family."""
     family, grid = FAMILIES["adams"], jd.grids.logistic(EDM, 4)
