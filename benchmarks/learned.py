@@ -204,26 +204,25 @@ METHODS = {
 
 
 def measure(run, names, numbers, path):
-    """{problem: {nfe: {method: [error at each scale]}}}; finished cells are kept in `path`."""
+    """{problem: {nfe: {method: [error at each scale]}}}; finished methods are kept in `path`."""
     kept = {}
     for line in path.read_text().splitlines() if path and path.exists() else ():
         (name, nfe, errors) = json.loads(line)
-        kept[name, nfe] = errors
+        kept.setdefault((name, nfe), {}).update(errors)
     made = {name: functools.cache(make) for name, make in problems(run).items()}
     for nfe, (name, make) in itertools.product(numbers, made.items()):
         errors = kept.setdefault((name, nfe), {})
-        missing = [method for method in METHODS if method not in errors]
-        if not missing or (names and name not in names):
+        if names and name not in names:
             continue
         scales = SCALES if name in (GUIDED, DIGITS) else (1.0,)
-        for method in missing:
+        for method in (method for method in METHODS if method not in errors):
             table = METHODS[method](make(), nfe, scales[0], name)
             assert table.nfe == nfe, (method, table.nfe)
             errors[method] = [make().error(table, make().fresh, s) for s in scales]
-        print(name, nfe, {m: float(f"{e[0]:.2g}") for m, e in errors.items()}, flush=True)
-        if path:
-            with path.open("a") as file:
-                file.write(json.dumps([name, nfe, errors]) + "\n")
+            print(name, nfe, method, float(f"{errors[method][0]:.2g}"), flush=True)
+            if path:
+                with path.open("a") as file:
+                    file.write(json.dumps([name, nfe, {method: errors[method]}]) + "\n")
     done = {
         name: {
             nfe: {method: kept[name, nfe][method] for method in METHODS} for nfe in sorted(numbers)
