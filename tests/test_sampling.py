@@ -107,21 +107,21 @@ def test_draws_count_rows_that_use_them():
 
 
 def test_stochastic_samplers_have_the_marginals_moments(x64):
-    """Mean and covariance of the data's marginal at t_min, from 4,000 samples and 200 steps.
+    """Mean and covariance of the data's marginal at t_min, from 2,500 samples and 150 steps.
 
-    Tolerances: 4 standard errors of the mean (0.07) and of the covariance (0.1), plus the bias of
-    200 first-order steps.
+    Tolerances: 4 standard errors of the mean (0.09) and of the covariance (0.13), plus the bias of
+    150 first-order steps. The variance alone is checked exactly in solvers/test_order.py.
     """
-    grid = jd.grids.half_log_snr(PROCESS, 200, t_min=1e-2)
+    grid = jd.grids.half_log_snr(PROCESS, 150, t_min=1e-2)
     rng = np.random.default_rng(0)
-    x = BROAD.sample(rng, 4000, grid.alpha[0], grid.sigma[0])
+    x = BROAD.sample(rng, 2500, grid.alpha[0], grid.sigma[0])
     # Consistency samplers end at the data only with a consistency model.
     names = [name for name, (entry, _) in STOCHASTIC.items() if entry.family != "consistency"]
     tables = [build(name, grid) for name in names]
     mean, cov = BROAD.moments(grid.alpha[-1], grid.sigma[-1])
     for name, got in zip(names, run_all(mixture(), tables, x, key=jax.random.key(1))):
-        np.testing.assert_allclose(got.mean(0), mean, atol=0.08, err_msg=name)
-        np.testing.assert_allclose(np.cov(got.T), cov, atol=0.12, err_msg=name)
+        np.testing.assert_allclose(got.mean(0), mean, atol=0.1, err_msg=name)
+        np.testing.assert_allclose(np.cov(got.T), cov, atol=0.15, err_msg=name)
 
 
 def test_ancestral_steps_are_exact_for_a_point_mass(x64):
