@@ -1,9 +1,9 @@
 """The command line: `jaxdiff train | sample | evaluate | ablate`."""
 
 import argparse
-import ast
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxdiff import arguments as flags
 from jaxdiff.names import unknown
 
 # Imports of jax and of the rest are in the functions: `--help` and typing errors answer at once.
@@ -27,15 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
-            return _run(arguments)
+            code = _run(arguments)
         except KeyboardInterrupt:
             print("\njaxdiff: interrupted", file=sys.stderr)
             return 130
+        except Exception:
+            _abandon(1, traceback.format_exc())
+            raise
+        if code:
+            _abandon(code)
+        return code
 
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
         _use_compilation_cache()
+        _join_processes(arguments)
         work = _COMMANDS[arguments.command].prepare(arguments)
     except _EXPECTED as error:
         return _report(error, 2, arguments.debug)
@@ -67,35 +75,76 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdiff"))
 
 
+def _join_processes(arguments: argparse.Namespace) -> None:
+    """Before anything asks JAX for its devices."""
+    if hasattr(arguments, "distributed"):
+        import jax
+
+        from jaxdiff.parallel import initialize
+
+        # It would take SIGTERM from when the processes join, also where nobody asks for it.
+        jax.config.update("jax_enable_preemption_service", False)
+        initialize(
+            arguments.distributed, arguments.coordinator, arguments.processes, arguments.process_id
+        )
+
+
+def _abandon(code: int, words: str = "") -> None:
+    """After a failure, end at once if there are other processes."""
+    from jaxdiff.parallel import abandon
+
+    abandon(code, words)
+
+
+def _print(*text: Any, **options: Any) -> None:
+    """Print, in the first process alone."""
+    from jaxdiff.parallel import is_main
+
+    if is_main():
+        print(*text, **options)
+
+
 # --- train ----------------------------------------------------------------------------------------
 
 
 def _prepare_train(arguments: argparse.Namespace) -> Callable[[], None]:
     from jaxdiff import config as configuration
     from jaxdiff.settings import SECTIONS
-    from jaxdiff.training.run import prepare
+    from jaxdiff.training.profile import Profile
+    from jaxdiff.training.run import PROFILE, prepare
 
+    workdir, profile = Path(arguments.workdir), None
+    if arguments.profile is not None:
+        profile = Profile(workdir / PROFILE, arguments.profile)
     config = configuration.load(arguments.config, SECTIONS)
     plan = prepare(configuration.override(config, arguments.overrides))
-    return lambda: _train(plan, Path(arguments.workdir), not arguments.quiet)
+    return lambda: _train(plan, workdir, not arguments.quiet, profile)
 
 
-def _train(plan: Any, workdir: Path, progress: bool) -> None:
+def _train(plan: Any, workdir: Path, progress: bool, profile: Any) -> None:
     from jaxdiff.training.loop import train
-    from jaxdiff.training.report import draw_picture, final_report
-    from jaxdiff.training.run import FIGURES, is_finished
+    from jaxdiff.training.preemption import Signals
+    from jaxdiff.training.report import averaged, draw_picture, final_report
+    from jaxdiff.training.run import FIGURES, SAMPLES, is_finished
 
     if is_finished(plan.experiment, workdir):
-        print(f"{workdir} is finished: {plan.experiment.config.train.steps} steps")
-        print((workdir / FIGURES).read_text(), end="")
+        _print(f"{workdir} is finished: {plan.experiment.config.train.steps} steps")
+        _print((workdir / FIGURES).read_text(), end="")
         return
 
     def hook(experiment, state):
-        draw_picture(experiment, state.ema, workdir)
+        draw_picture(experiment, averaged(experiment, state), workdir / SAMPLES)
 
-    state = train(plan, workdir, hook, progress)
+    with Signals(plan.experiment.config.train.log_every) as signals:
+        state = train(plan, workdir, hook, progress, signals.stop, profile)
+    step, steps = int(state.step), plan.experiment.config.train.steps
+    if step < steps:
+        _print(f"stopped and saved at step {step} of {steps}; the same command again goes on there")
+        if signals.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
     figures = final_report(plan.experiment, state, plan.source, workdir, progress)
-    print(json.dumps(figures, indent=2))
+    _print(json.dumps(figures, indent=2))
 
 
 # --- sample and evaluate --------------------------------------------------------------------------
@@ -126,14 +175,16 @@ def _sample(arguments, experiment, tableau, options, labels, output: Path) -> No
 
     from jaxdiff.files import replacing
     from jaxdiff.generation import generate
+    from jaxdiff.parallel import is_main
     from jaxdiff.pictures import sample_grid
-    from jaxdiff.training.run import restore
 
-    state = restore(experiment, arguments.workdir)
+    variables, _ = _weights(arguments, experiment)
     samples = generate(
-        experiment, state.ema, tableau, labels, arguments.count, options["seed"],
+        experiment, variables, tableau, labels, arguments.count, options["seed"],
         options["guidance"], options["batch_size"], not arguments.quiet,
     )  # fmt: skip
+    if not is_main():
+        return
     arrays = {"x": samples} | ({} if labels is None else {"label": labels})
     archive = output.with_suffix(".npz")
     with replacing(archive) as temporary:
@@ -158,22 +209,39 @@ def _prepare_evaluate(arguments: argparse.Namespace) -> Callable[[], None]:
 def _evaluate(arguments, experiment, tableau, options, source, scales, count) -> None:
     from jaxdiff.evaluation import evaluate
     from jaxdiff.files import write_text
-    from jaxdiff.training.run import restore
+    from jaxdiff.parallel import is_main
 
     workdir = Path(arguments.workdir)
-    state = restore(experiment, workdir)
+    variables, weights = _weights(arguments, experiment)
     figures = [
         evaluate(
-            experiment, state.ema, source, tableau, scale, count, options["seed"],
+            experiment, variables, source, tableau, scale, count, options["seed"],
             options["batch_size"], not arguments.quiet,
         )
         for scale in scales
     ]  # fmt: skip
     chosen = {key: options[key] for key in ("solver", "options", "steps", "grid", "grid_options")}
-    found = {"step": int(state.step), **chosen, "figures": figures}
+    found = {**weights, **chosen, "figures": figures}
     text = json.dumps(found, indent=2)
-    write_text(workdir / "evaluate.json", text + "\n")
-    print(text)
+    if is_main():
+        write_text(workdir / "evaluate.json", text + "\n")
+    _print(text)
+
+
+def _weights(arguments: argparse.Namespace, experiment: Any) -> tuple[Any, dict[str, Any]]:
+    """(the network's variables, which they are)."""
+    from jaxdiff.training.reconstruction import reconstruct
+    from jaxdiff.training.report import averaged
+    from jaxdiff.training.run import restore
+
+    state = restore(experiment, arguments.workdir, arguments.best)
+    step = int(state.step)
+    if arguments.ema is None:
+        return averaged(experiment, state), {"step": step}
+    variables, error = reconstruct(experiment, arguments.workdir, state, arguments.ema)
+    _print(f"average of length {arguments.ema:g} at step {step}, made to {100 * error:.2g}%",
+           file=sys.stderr)  # fmt: skip
+    return variables, {"step": step, "ema": arguments.ema, "ema_error": error}
 
 
 def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
@@ -237,7 +305,7 @@ def _ablate(work: Callable, workdir: Path, column: str) -> None:
     print(f"{workdir / 'report.md'}: {len(table)} cells, {table.programs} programs compiled")
 
 
-# --- arguments ------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 class _Command(NamedTuple):
@@ -248,90 +316,22 @@ class _Command(NamedTuple):
     overrides: bool = False
 
 
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR",
-        help="the folder of the run; an unfinished run of the same configuration is continued",
-    )  # fmt: skip
-
-
-def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR",
-        help="the folder of the sweep; a sweep that was stopped goes on there",
-    )  # fmt: skip
-
-
-def _sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="the folder of a run")
-    add(
-        "--solver",
-        help="a name of jaxdiff.solvers.CATALOGUE, or a file of jaxdiff.solvers.save (default: the "
-        "run's)",
-    )
-    add("--steps", type=int, help="steps of the grid (default: the run's)")
-    add("--grid", help="a name of jaxdiff.grids (default: the run's)")
-    add(
-        "--option", type=_pair, action="append", default=[], metavar="KEY=VALUE",
-        help="an option of the solver, e.g. order=3; repeat for several",
-    )  # fmt: skip
-    add(
-        "--grid-option", type=_pair, action="append", default=[], metavar="KEY=VALUE",
-        help="an option of the grid, e.g. rho=7",
-    )  # fmt: skip
-    add("--guidance", type=float, metavar="S", help="uncond + S (cond - uncond); 1: conditional")
-    add("--seed", type=int, help="decides every sample (default: the run's)")
-    add("--batch-size", type=int, help="samples drawn at once; does not change them")
-
-
-def _sample_arguments(parser: argparse.ArgumentParser) -> None:
-    _sampler_arguments(parser)
-    parser.add_argument(
-        "--label", type=int, nargs="+", metavar="K", help="classes, in turn (default: all)"
-    )
-    parser.add_argument("--count", type=int, default=16, help="samples (default: 16)")
-    parser.add_argument(
-        "--output", default="samples.png", metavar="FILE.png",
-        help="the picture; the samples themselves go beside it as .npz (default: samples.png)",
-    )  # fmt: skip
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _sampler_arguments(parser)
-    parser.add_argument("--count", type=int, help="samples (default: the run's)")
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key.isidentifier() and equals and value):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
-    if value.lower() in ("true", "false"):
-        value = value.capitalize()
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 _COMMANDS = {
     "train": _Command(
         "train, or continue, a run; --config.KEY=VALUE overrides the configuration",
-        _train_arguments, _prepare_train, overrides=True,
+        flags.train, _prepare_train, overrides=True,
     ),
     "sample": _Command(
-        "draw samples from a run, to a picture and an .npz", _sample_arguments, _prepare_sample
+        "draw samples from a run, to a picture and an .npz", flags.sample, _prepare_sample
     ),
     "evaluate": _Command(
         "compare samples of a run with its data; also writes evaluate.json into its folder",
-        _evaluate_arguments, _prepare_evaluate,
+        flags.evaluate, _prepare_evaluate,
     ),
     "ablate": _Command(
         "compare samplers on a run's network, many in one program; --config.ablation.KEY=VALUE "
         "overrides the configuration",
-        _ablate_arguments, _prepare_ablate, overrides=True,
+        flags.ablate, _prepare_ablate, overrides=True,
     ),
 }  # fmt: skip
 

@@ -1,5 +1,8 @@
 """Configurations: Python files with `get_config()`, completed, checked, overridden and locked.
 
+A file may take an argument, `get_config(size)`: "file.py:laptop" calls it with "laptop", as
+ml_collections does.
+
 A configuration is an `ml_collections.ConfigDict` of sections (see `jaxdiff.experiment.SECTIONS`). A
 section is described by the function it becomes the arguments of: its keys, their defaults and their
 types are the function's. A section of several choices has the key "name", which picks one.
@@ -12,6 +15,7 @@ import json
 import math
 import runpy
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,17 +74,23 @@ class Section:
 
 
 def load(path: str | Path, sections: Mapping[str, Section | Any]) -> ConfigDict:
-    """The completed configuration of a Python file; see `complete`.
+    """The completed configuration of a Python file, "file.py" or "file.py:argument"; see `complete`.
 
     Raises FileNotFoundError, ValueError or TypeError naming the file; ValueError for any error
-    inside it.
+    inside it, and for an argument that its get_config does not take.
     """
-    file = Path(path).expanduser()
+    name, argument = str(path), None
+    if ".py:" in name:
+        name, _, argument = name.rpartition(":")
+    file = Path(name).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no such configuration file: {str(file)!r}")
+    given = () if argument is None else (argument,)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
-        config = get_config() if callable(get_config) else None
+        if callable(get_config) and given and not inspect.signature(get_config).parameters:
+            raise TypeError(f"get_config() takes no argument, got {argument!r}")
+        config = get_config(*given) if callable(get_config) else None
     except SyntaxError as error:
         raise ValueError(f"{str(file)!r} is not a Python file: {error}") from error
     except Exception as error:  # whatever the file does wrong
@@ -140,8 +150,20 @@ def _complete_section(key: str, given: Any, section: Section) -> ConfigDict:
         value = given.get(option, default)
         value = _checked(f"{where}.{option}", value, default, hints.get(option))
         _check_range(f"{where}.{option}", value, section.ranges.get(option))
-        full[option] = config_dict.placeholder(object) if value is None else value
+        if value is None:
+            full[option] = config_dict.placeholder(object)
+        elif len(_accepted(hints.get(option))) > 1:  # a later value may be of another type
+            full[option] = config_dict.FieldReference(value, field_type=object)
+        else:
+            full[option] = value
     return full
+
+
+def _accepted(hint: Any) -> list[type]:
+    """The plain types of an annotation: bool and str for `bool | str`; of numbers alone the first."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    found = [t for t in (typing.get_args(hint) if union else (hint,)) if t in _PLAIN]
+    return found if str in found else found[:1]
 
 
 def _storable(value: Any) -> bool:
@@ -160,12 +182,16 @@ def _checked(where: str, value: Any, default: Any, hint: Any) -> Any:
         value = tuple(value)
     if not _storable(value):
         raise TypeError(f"{where} must be a plain value, got {value!r}")
-    expected = type(default)
+    expected, accepted = type(default), _accepted(hint)
     if default is None:
-        accepted = [t for t in (hint, *typing.get_args(hint)) if t in _PLAIN]
         if value is None or not accepted:
             return value
         expected = accepted[0]
+    elif len(accepted) > 1:
+        if type(value) not in accepted:
+            names = " or ".join(kind.__name__ for kind in accepted)
+            raise TypeError(f"{where} must be of type {names}, got {value!r}")
+        return value
     if expected is float and type(value) is int:
         return float(value)
     if isinstance(default, Mapping) and isinstance(value, Mapping):

@@ -13,12 +13,19 @@ from jaxdiff.generation import balanced_labels, generate
 from jaxdiff.solvers.tableau import Tableau
 
 FEATURES = ("digits", "pixels")
+HIGHER_IS_BETTER = ("conditional_accuracy",)
 _MAX_REAL = 5000
 
 
 def check_evaluation(experiment: Experiment) -> None:
-    """Raise ValueError unless the evaluate section fits the network and its data."""
+    """Raise ValueError unless the evaluate section fits the network, its data and averages."""
     chosen, shape = experiment.config.evaluate, experiment.shape
+    train = experiment.config.train
+    if chosen.ema and chosen.ema not in train.ema_lengths:
+        raise ValueError(
+            "config.evaluate.ema must be 0 or one of config.train.ema_lengths "
+            f"{train.ema_lengths}, got {chosen.ema}"
+        )
     for scale in chosen.guidance:
         experiment.check_guidance(scale)
     if chosen.features not in FEATURES:
@@ -37,6 +44,21 @@ def check_evaluation(experiment: Experiment) -> None:
             "config.evaluate.features 'digits' needs square grey images, their size a multiple of "
             f"8; got examples of shape {list(shape)}"
         )
+    names = metric_names(experiment)
+    if train.best_metric and (train.best_metric not in names or not train.evaluate_every):
+        raise ValueError(
+            "config.train.best_metric needs config.train.evaluate_every and must be one of "
+            f"{', '.join(names)}, got {train.best_metric!r} every {train.evaluate_every} steps"
+        )
+
+
+def metric_names(experiment: Experiment) -> tuple[str, ...]:
+    """The distances and accuracies that `evaluate` finds for this experiment."""
+    names = ("mmd", "energy_distance", "sliced_wasserstein")
+    if experiment.config.evaluate.features == "digits":
+        names += ("frechet_distance",)
+        names += () if experiment.num_classes is None else ("conditional_accuracy",)
+    return names
 
 
 def evaluate(

@@ -16,12 +16,14 @@ from ml_collections import ConfigDict
 
 from jaxdiff import grids, solvers
 from jaxdiff.arrays import is_concrete
+from jaxdiff.data import Augmentation
 from jaxdiff.data.loader import Source
 from jaxdiff.denoisers import Denoiser, precondition
 from jaxdiff.guidance import classifier_free
 from jaxdiff.models import from_linen
 from jaxdiff.names import check_options, unknown
 from jaxdiff.noise import sample_keys
+from jaxdiff.parallel import split_batch
 from jaxdiff.predictions import check_prediction
 from jaxdiff.processes import Process
 from jaxdiff.sampling import sample
@@ -64,12 +66,14 @@ class Experiment:
 
     def sample(
         self, variables: Any, tableau: Tableau, labels: Any, ids: Any, seed: int, guidance: float,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> jax.Array:  # fmt: skip
         """Samples [batch, *shape]; sample i is decided by (seed, ids[i]) and its label alone.
 
         `labels` are integers [batch], or None for a network without classes; `guidance` is s of
-        uncond + s (cond - uncond). Raises ValueError for labels, a seed or guidance that do not
-        apply.
+        uncond + s (cond - uncond). With a mesh, the one that the variables lie on, the batch is split
+        by `jaxdiff.parallel.batch_sharding`. Raises ValueError for labels, a seed or guidance that do
+        not apply.
         """
         check_seed("seed", seed)
         self.check_guidance(guidance)
@@ -80,7 +84,10 @@ class Experiment:
         start, steps = jax.random.split(jax.random.key(seed))
         ids = np.asarray(ids)
         x_T = self.process.prior(sample_keys(start, ids), (len(ids), *self.shape))
-        return sample(denoiser, tableau, x_T, sample_keys(steps, ids), cond=self._cond(labels))
+        keys, cond = sample_keys(steps, ids), self._cond(labels)
+        if mesh is not None:
+            x_T, keys, cond = split_batch(mesh, (x_T, keys, cond))
+        return sample(denoiser, tableau, x_T, keys, cond=cond)
 
     def check_sampler(self, tableau: Tableau, guidance: float) -> None:
         """Raise ValueError if this network cannot be sampled so; traces, but computes nothing."""
@@ -115,6 +122,11 @@ class Experiment:
                 f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}"
             )
         return labels.astype(np.int32)  # after the check: a cast wraps around
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What training does to the images; the network is told of it."""
+        return Augmentation(**self.config.augment)
 
     @property
     def _has_null(self) -> bool:
@@ -169,12 +181,28 @@ def make_experiment(
             "prediction 'v' or 'flow'"
         )
     dtype = jnp.dtype(settings.dtype)
-    module = _call(SECTIONS["model"].choices, config.model, num_classes=classes, dtype=dtype)
+    extra = {"num_classes": classes, "dtype": dtype} | _augment_dim(config, shape)
+    module = _call(SECTIONS["model"].choices, config.model, **extra)
     experiment = Experiment(config, process, module, tuple(shape), classes)
     _check_output(experiment)
     experiment.check_guidance(config.sample.guidance)
     experiment.check_sampler(make_tableau(process, **sampler(config)), config.sample.guidance)
     return experiment
+
+
+def _augment_dim(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
+    """The network's number of augmentation labels, if images are augmented."""
+    count = Augmentation(**config.augment).label_dim
+    if not count:
+        return {}
+    if len(shape) != 3 or min(shape[:2]) < 2:
+        raise ValueError(
+            "config.augment needs examples of shape [height, width, channels] of at least 2 x 2 "
+            f"pixels, got {list(shape)}"
+        )
+    if config.model.name == "mlp":
+        raise ValueError("config.augment needs a network for images, got config.model.name 'mlp'")
+    return {"augment_dim": count}
 
 
 def sampler(config: ConfigDict) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from jaxdiff import parallel
 from jaxdiff.experiment import Experiment
 from jaxdiff.solvers.tableau import Tableau
 
@@ -17,7 +17,9 @@ def generate(
 ) -> Float[np.ndarray, "count ..."]:  # fmt: skip
     """`count` samples; number i is decided by (seed, i, labels[i]), whatever the batch size.
 
-    `labels` are integers [count], or None for a network without classes. Raises ValueError for a
+    `labels` are integers [count], or None for a network without classes. Where the variables lie on
+    a mesh of several devices (`jaxdiff.training.restore`, or a state in training), each draws its
+    share, and every process gets all samples; all of them have to call. Raises ValueError for a
     count, batch size, label or guidance that does not apply, and FloatingPointError if samples are
     not finite.
     """
@@ -27,15 +29,17 @@ def generate(
     if (labels is None) != (experiment.num_classes is None):
         needed = "no labels" if experiment.num_classes is None else "a label for each sample"
         raise ValueError(f"this network takes {needed}")
-    batch_size = min(batch_size, count)
+    mesh = parallel.mesh_of(variables)
+    share = 1 if mesh is None else parallel.shards(mesh)
+    batch_size = -(-min(batch_size, count) // share) * share
     found = []
-    for start in tqdm(range(0, count, batch_size), unit="batch", disable=not progress, leave=False):
-        # The last batch is filled up with more samples: another shape would compile again.
+    silent = not (progress and parallel.is_main())
+    for start in tqdm(range(0, count, batch_size), unit="batch", disable=silent, leave=False):
+        # Batches are filled up with more samples: another shape would compile again, or not split.
         ids = np.arange(start, start + batch_size)
         chosen = None if labels is None else labels[np.minimum(ids, count - 1)]
-        found.append(
-            jax.device_get(experiment.sample(variables, tableau, chosen, ids, seed, guidance))
-        )
+        drawn = experiment.sample(variables, tableau, chosen, ids, seed, guidance, mesh)
+        found.append(parallel.gather(drawn))
     samples = np.concatenate(found)[:count]
     bad = np.flatnonzero(~np.isfinite(samples.reshape(count, -1)).all(axis=1))
     if bad.size:

@@ -18,8 +18,9 @@ def sample_grid(
 ) -> None:
     """Write samples as a PNG: one row a class if there are labels, else a square of them.
 
-    Images [n, height, width, 1 or 3] in [-1, 1] (clipped) are enlarged without smoothing; vectors
-    [n, dim] are drawn as points of their first two coordinates, coloured by label.
+    Images [n, height, width, channels] in [-1, 1] (clipped) are enlarged without smoothing, of
+    several channels (latents) the first three, of two the first; vectors [n, dim] are drawn as
+    points of their first two coordinates, coloured by label.
     """
     samples = np.asarray(samples)
     if samples.ndim == 4:
@@ -48,7 +49,8 @@ def _images(samples: np.ndarray, labels: Any) -> Figure:
         for axis in line:
             axis.set_axis_off()
         for axis, index in zip(line, indices):
-            image = np.clip(0.5 + 0.5 * samples[index], 0.0, 1.0)
+            channels = 1 if samples.shape[-1] < 3 else 3
+            image = np.clip(0.5 + 0.5 * samples[index][..., :channels], 0.0, 1.0)
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].text(
             -0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9

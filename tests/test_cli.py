@@ -52,7 +52,8 @@ def fails(capsys, arguments, code, *words):
 def test_train_writes_the_whole_run(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "checkpoints", "config.json", "data.json", "metrics.json", "metrics.jsonl", "samples.png"
+        "checkpoints", "config.json", "data.json", "metrics.json", "metrics.jsonl", "samples.png",
+        "throughput.jsonl",
     }  # fmt: skip
     figures = json.loads((finished / "metrics.json").read_text())
     assert figures["step"] == 3 and figures["figures"][0]["nfe"] == 4

@@ -149,5 +149,17 @@ def test_every_shipped_configuration_is_complete():
         assert f"--config configs/{file.name}" in file.read_text()
 
 
+def test_a_file_takes_an_argument(tmp_path):
+    body = f"    return {MINIMAL} | {{'seed': {{'one': 1}}.get(name, 0)}}\n"
+    (tmp_path / "file.py").write_text(f"def get_config(name=''):\n{body}")
+    assert configuration.load(tmp_path / "file.py", SECTIONS).seed == 0
+    assert configuration.load(f"{tmp_path}/file.py:one", SECTIONS).seed == 1
+    (tmp_path / "file.py").write_text(f"name = ''\ndef get_config():\n{body}")
+    with pytest.raises(ValueError, match=r"file\.py'.*takes no argument, got 'one'"):
+        configuration.load(f"{tmp_path}/file.py:one", SECTIONS)
+    with pytest.raises(FileNotFoundError, match=r"no such configuration file: .*other\.py'"):
+        configuration.load(f"{tmp_path}/other.py:one", SECTIONS)
+
+
 def test_the_tiny_file_loads_from_its_path(tmp_path):
     assert configuration.load(write_config(tmp_path), SECTIONS).train.batch_size == 16

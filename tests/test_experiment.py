@@ -193,6 +193,20 @@ def test_a_network_that_does_not_fit_the_data_is_refused():
         make_experiment(image_config(denoiser={"dtype": "float64"}), (8, 8, 1), 10)
 
 
+def test_augmentation_needs_images_and_a_network_for_them():
+    augment = {"probability": 0.12}
+    experiment = make_experiment(image_config(augment=augment), (8, 8, 1), 10)
+    assert experiment.module.augment_dim == experiment.augmentation.label_dim == 9
+    assert make_experiment(image_config(), (8, 8, 1), 10).module.augment_dim == 0
+    with pytest.raises(ValueError, match=r"at least 2 x 2 pixels, got \[3\]"):
+        make_experiment(image_config(augment=augment), (3,), 10)
+    model = {"name": "mlp", "width": 8, "depth": 1}
+    with pytest.raises(ValueError, match="a network for images, got config.model.name 'mlp'"):
+        make_experiment(image_config(augment=augment, model=model), (8, 8, 1), 10)
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 2.0"):
+        make_experiment(image_config(augment={"probability": 2.0}), (8, 8, 1), 10)
+
+
 @pytest.mark.parametrize("model", [{"label_dropout": 0.0}, {}])
 def test_guidance_needs_a_null_label(model):
     sections = {"model": {"name": "dit", "width": 8, "num_heads": 2, **model}}

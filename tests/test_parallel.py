@@ -317,12 +317,24 @@ def test_the_default_adjoint_differentiates_inside_shard_map():
 
 def test_mesh():
     assert parallel.mesh().shape == {"data": 8}
+    assert parallel.mesh(devices=jax.devices()[4:6], fsdp=-1).devices.tolist() == jax.devices()[4:6]
     mesh = parallel.mesh(data=-1, fsdp=2)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
     for sizes in ({"data": 3}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": -1, "fsdp": 3}):
         with pytest.raises(ValueError, match="multiply to the 8 devices"):
             parallel.mesh(**sizes)
+
+
+def test_what_every_process_holds_whole_is_split_and_gathered_again():
+    mesh = parallel.mesh(data=2, fsdp=2, tensor=2)
+    whole = {"x": starts(), "key": keys()}
+    split = parallel.split_batch(mesh, whole)
+    for name, spread in split.items():
+        assert spread.sharding.shard_shape(spread.shape)[0] == BATCH // parallel.shards(mesh) == 4
+        assert parallel.mesh_of(spread) == mesh and parallel.mesh_of(whole[name]) is None
+    np.testing.assert_array_equal(parallel.gather(split["x"]), whole["x"])
+    np.testing.assert_array_equal(*map(jax.random.key_data, (split["key"], whole["key"])))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,17 @@ def test_pixels_are_clipped_not_rescaled(tmp_path):
     assert 0.49 <= levels[counts > 500].min() <= 0.51
 
 
+def test_latents_show_their_first_channels(tmp_path):
+    image = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 4))
+    pictures = {}
+    for name, samples in (("all", image), ("three", image[..., :3]), ("two", image[..., :2]),
+                          ("one", image[..., :1])):  # fmt: skip
+        sample_grid(tmp_path / f"{name}.png", samples)
+        pictures[name] = matplotlib.image.imread(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(pictures["all"], pictures["three"])
+    np.testing.assert_array_equal(pictures["two"], pictures["one"])
+
+
 def test_vectors_become_points(tmp_path):
     sample_grid(tmp_path / "few.png", np.zeros((1, 2)), [0])
     spread = np.random.default_rng(0).uniform(-1, 1, (400, 2))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_config
 
+from jaxdiff.training.continuing import changes
 from jaxdiff.training.loop import train
 from jaxdiff.training.run import prepare, restore
 
@@ -76,7 +77,28 @@ def test_what_came_after_the_checkpoint_is_written_once(whole, workdir):
     assert lines(workdir) == lines(whole[1])
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "metadata"])
+def test_a_stop_saves_the_step_it_came_in_and_fewer_devices_go_on_to_rounding(whole, tmp_path):
+    plan, uninterrupted, expected = whole
+    config, workdir = plan.experiment.config, tmp_path / "run"
+    state = train(plan, workdir, progress=False, stop=lambda step: step == 5)
+    assert int(state.step) == 5 and int(restore(plan.experiment, workdir).step) == 5
+    sharded = config.copy_and_resolve_references()
+    sharded.mesh.fsdp = 2
+    four, one = prepare(sharded, jax.devices()[:4]), prepare(config, jax.devices()[:1])
+    with pytest.warns(UserWarning, match="other settings:\n  config.mesh.fsdp: 1 -> 2"):
+        state = train(four, workdir, progress=False, stop=lambda step: step >= 10)
+    assert int(state.step) == 10 and len(state.step.devices()) == 4
+    kernels = jax.tree.leaves(state.params)
+    assert any(leaf.addressable_shards[0].data.size < leaf.size for leaf in kernels)
+    state = train(one, workdir, progress=False)
+    assert int(state.step) == 12 and len(state.step.devices()) == 1
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(_data(a), _data(b), rtol=1e-4, atol=1e-6)
+    for a, b in zip(lines(workdir), lines(uninterrupted), strict=True):
+        assert (a["step"], a["loss"]) == (b["step"], pytest.approx(b["loss"], rel=1e-5))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "metadata", "list"])
 def test_a_damaged_checkpoint_gives_way_loudly_to_the_one_before(whole, workdir, damage):
     files = [p for p in (workdir / "checkpoints" / "6").rglob("*") if p.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -88,6 +110,8 @@ def test_a_damaged_checkpoint_gives_way_loudly_to_the_one_before(whole, workdir,
         largest.write_bytes(data)
     elif damage == "remove":
         largest.unlink()
+    elif damage == "list":
+        (workdir / "checkpoints" / "6" / "files.json").unlink()
     else:
         (workdir / "checkpoints" / "6" / "loop" / "metadata").write_text("{")
     with pytest.warns(UserWarning, match="checkpoint 6 cannot be read.*an older one"):
@@ -126,6 +150,31 @@ def test_another_configuration_is_refused_with_the_difference(whole, workdir):
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate: 0.003 -> 0.5"):
         train(prepare(other), workdir, progress=False)
     assert sorted(p.name for p in workdir.rglob("*")) == before
+
+
+def test_settings_that_the_state_does_not_depend_on_may_change_loudly(whole, workdir):
+    other = whole[0].experiment.config.copy_and_resolve_references()
+    other.train.checkpoint_every, other.train.keep, other.train.keep_every = 4, 1, 2
+    with pytest.warns(UserWarning, match="other settings") as told:
+        state = train(prepare(other), workdir, progress=False)
+    [message] = [str(one.message) for one in told]
+    assert "config.train.checkpoint_every: 3 -> 4\n  config.train.keep: 3 -> 1\n" in message
+    assert_equal(state, whole[2])
+    assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {6, 8, 12}
+
+
+def test_what_may_change(whole):
+    """Everything that is not listed makes another run; dropout ties the micro-batches."""
+    old = whole[0].experiment.config
+    new = old.copy_and_resolve_references()
+    new.mesh.fsdp, new.train.accumulate, new.train.steps, new.seed = 2, 4, 13, 1
+    allowed, refused = changes(old, new)
+    assert allowed == ["config.mesh.fsdp: 1 -> 2", "config.train.accumulate: 1 -> 4"]
+    assert refused == ["config.seed: 0 -> 1", "config.train.steps: 12 -> 13"]
+    for config in (old, new):
+        with config.unlocked():
+            config.model.dropout = 0.1
+    assert changes(old, new)[0] == ["config.mesh.fsdp: 1 -> 2"]
 
 
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):

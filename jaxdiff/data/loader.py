@@ -31,6 +31,7 @@ def loader(
     process_count: int = 1,
     flip: bool = False,
     threads: int = 0,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> grain.DatasetIterator:
     """A grain iterator over batches `{"x": [local batch, ...], "label": [local batch]}` of NumPy.
 
@@ -53,6 +54,8 @@ def loader(
         `jax.process_count()` in a multi-host run.
       flip: mirror images left to right with probability 1/2, decided by the seed, the epoch and the
         example's index in the source.
+      rows: which elements of each global batch are ours, ascending, where they are not one of
+        process_count blocks; see `jaxdiff.parallel.local_rows`.
       threads: threads that read batches ahead; 0 reads on demand, best for data in memory.
 
     Raises:
@@ -73,6 +76,10 @@ def loader(
             "batch_size (over all processes) must be a positive multiple of process_count "
             f"{process_count}, got {batch_size}"
         )
+    block = batch_size // process_count
+    rows = process_index * block + np.arange(block) if rows is None else np.asarray(rows)
+    if np.any(np.diff(rows) < 1) or not 0 <= rows[0] <= rows[-1] < batch_size:
+        raise ValueError(f"rows must ascend from 0 to at most {batch_size - 1}, got {rows.tolist()}")
     if threads < 0:
         raise ValueError(f"threads must be at least 0, got {threads}")
     if len(source) < 1:
@@ -89,7 +96,7 @@ def loader(
         )
     order = functools.partial(_permutation, len(source), seed if shuffle else None)
     mirrored = functools.partial(_coins, len(source), seed) if flip else None
-    batches = _Batches(source, steps, batch_size, process_index, process_count, order, mirrored)
+    batches = _Batches(source, steps, batch_size, rows, order, mirrored)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
@@ -112,12 +119,11 @@ class _Batches:
     further stage several more; here an example costs about 2 us.
     """
 
-    def __init__(self, source, steps, batch_size, process_index, process_count, order, mirrored):
+    def __init__(self, source, steps, batch_size, rows, order, mirrored):
         self._source = source
         self._steps = steps
         self._batch_size = batch_size
-        block = batch_size // process_count
-        self._ours = process_index * block + np.arange(block)
+        self._rows = rows
         # Two epochs: a batch may span them, and threads may be one epoch ahead of one another.
         self._order = functools.lru_cache(maxsize=2)(order)
         self._mirrored = mirrored and functools.lru_cache(maxsize=2)(mirrored)
@@ -126,7 +132,7 @@ class _Batches:
         return self._steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        positions = step * self._batch_size + self._ours
+        positions = step * self._batch_size + self._rows
         examples = [self._example(*divmod(at, len(self._source))) for at in positions.tolist()]
         return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 

@@ -169,7 +169,7 @@ def arrays(
     if label_key is None:
         return _frozen(x)
     label = np.asarray(table[label_key])
-    return _frozen(x, *_checked_labels(label, f"{where}: {label_key!r}", len(x), num_classes))
+    return _frozen(x, *check_labels(label, f"{where}: {label_key!r}", len(x), num_classes))
 
 
 def from_bytes(image: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -228,9 +228,10 @@ def _checked_examples(
     return x
 
 
-def _checked_labels(
+def check_labels(
     label: np.ndarray, name: str, count: int, num_classes: int | None
 ) -> tuple[Int[np.ndarray, " n"], int]:
+    """(labels as int32, number of classes); raises, naming them, if they are not 0 to n - 1."""
     if not np.issubdtype(label.dtype, np.integer):
         raise TypeError(f"{name} must be integers, got {label.dtype}")
     if label.shape != (count,):

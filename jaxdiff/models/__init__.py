@@ -6,8 +6,19 @@ shape; `keep` masks its blocks.
 
 from jaxdiff.models.adapters import from_linen, from_nnx, skip_blocks
 from jaxdiff.models.dit import DiT
-from jaxdiff.models.embeddings import check_labels
+from jaxdiff.models.embeddings import Rows, check_labels
 from jaxdiff.models.mlp import MLP
+from jaxdiff.models.song_unet import SongUNet
 from jaxdiff.models.unet import UNet
 
-__all__ = ["DiT", "MLP", "UNet", "check_labels", "from_linen", "from_nnx", "skip_blocks"]
+__all__ = [
+    "DiT",
+    "MLP",
+    "Rows",
+    "SongUNet",
+    "UNet",
+    "check_labels",
+    "from_linen",
+    "from_nnx",
+    "skip_blocks",
+]

@@ -24,6 +24,8 @@ from jaxdiff.models.network import (
     SelfAttention,
     block_factors,
     check_image,
+    check_remat,
+    rematerialised,
     scaled,
 )
 
@@ -131,13 +133,16 @@ class DiT(ImageNetwork):
       time_scale: t is multiplied by it before the sinusoids (periods 2 pi to 20000 pi): 1000 for t
         in [0, 1], 1 for integer timesteps.
       dtype: of the computation; parameters, embeddings and the last layer stay float32.
-      remat: recompute blocks in the backward pass; same parameters, same values.
+      remat: recompute blocks in the backward pass; same parameters, same values. True ("full") keeps
+        nothing of a block, "dots" the results of its matrix products, see `REMATS`.
       attention: (q, k, v), each [batch, tokens, heads, head width], to the same shape.
+      augment_dim: labels of an augmentation that it is told of, see `jaxdiff.data.Augmentation`.
 
-    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels};
-    `keep` masks the blocks, see `jaxdiff.models.network.block_factors`. Returns x's shape in
-    float32 (float64 for a float64 x). Raises ValueError for sizes that do not divide, wrong shapes,
-    labels out of range, a label without classes, missing keys in training.
+    t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels,
+    "augment": [batch, augment_dim]}; `keep` masks the blocks, see
+    `jaxdiff.models.network.block_factors`. Returns x's shape in float32 (float64 for a float64 x).
+    Raises ValueError for sizes that do not divide, wrong shapes, labels out of range, a label
+    without classes, missing keys in training.
     """
 
     patch_size: int = 2
@@ -151,12 +156,14 @@ class DiT(ImageNetwork):
     dropout: float = 0.0
     time_scale: float = 1000.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     attention: Callable = jax.nn.dot_product_attention
+    augment_dim: int = 0
 
     def __post_init__(self):
         check_rate("dropout", self.dropout)
         check_rate("label_dropout", self.label_dropout)
+        check_remat(self.remat)
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if self.width % self.num_heads or self.width % 4:
@@ -167,6 +174,14 @@ class DiT(ImageNetwork):
             raise ValueError(f"qk_norm must be one of {list(QK_NORMS)}, got {self.qk_norm!r}")
         super().__post_init__()
 
+    # Megatron's layout (Shoeybi et al., 2019): columns of the first product, rows of the second, so
+    # that only the sum after the second crosses devices.
+    tensor_rules = (
+        r"block_\d+/(attention/qkv|mlp_in)/kernel=-,tensor",
+        r"block_\d+/(attention/qkv|mlp_in)/bias=tensor",
+        r"block_\d+/(attention/out|mlp_out)/kernel=tensor,-",
+    )
+
     @classmethod
     def from_size(cls, name: str, **options: Any) -> "DiT":
         """One of the paper's networks, "DiT-S/2" to "DiT-XL/8"; `options` are other attributes."""
@@ -176,7 +191,7 @@ class DiT(ImageNetwork):
 
     def check_cond(self, batch: int, cond: Any) -> None:
         """Raise ValueError for a cond that this network does not take; traces nothing."""
-        labels = read_cond(cond).get("label")
+        labels = read_cond(cond, ("label", "augment")).get("label")
         check_condition(labels, batch, self.num_classes, self.label_dropout)
 
     def blocks(self, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -188,16 +203,17 @@ class DiT(ImageNetwork):
         check_image(x)
         check_rng(self, "dropout", self.dropout, train)
         batch, height, width, channels = x.shape
+        cond = read_cond(cond, ("label", "augment"))
         normal = nn.initializers.normal(0.02)
         c = ConditionEmbedding(
             self.width, 256, self.time_scale, self.num_classes, self.label_dropout, normal, normal,
-            name="condition",
-        )(t, read_cond(cond).get("label"), batch, train)  # fmt: skip
+            self.augment_dim, name="condition",
+        )(t, cond.get("label"), batch, train, cond.get("augment"), cond.get("rows"))  # fmt: skip
         patches = patchify(x, self.patch_size)
         h = nn.Dense(self.width, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="in")(patches)
         grid = (height // self.patch_size, width // self.patch_size)
         h = h + sincos_2d(*grid, self.width).reshape(-1, self.width).astype(h.dtype)
-        block = nn.remat(DiTBlock, static_argnums=(3,)) if self.remat else DiTBlock
+        block = rematerialised(DiTBlock, self.remat, static_argnums=(3,))
         for name, factor in block_factors(keep, self.blocks(x.shape)).items():
             h = block(
                 self.num_heads, self.mlp_ratio, self.qk_norm, self.dropout, self.attention,

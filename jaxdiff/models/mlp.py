@@ -14,7 +14,7 @@ from jaxdiff.models.embeddings import (
     check_rng,
     read_cond,
 )
-from jaxdiff.models.network import block_factors, scaled
+from jaxdiff.models.network import block_factors, check_remat, rematerialised, scaled
 
 
 class MLPBlock(nn.Module):
@@ -58,7 +58,8 @@ class MLP(nn.Module):
       time_scale: t is multiplied by it before the sinusoids (periods 2 pi to 20000 pi): 1000 for t
         in [0, 1], 1 for integer timesteps.
       dtype: of the computation; parameters, embeddings and the last layer stay float32.
-      remat: recompute blocks in the backward pass; same parameters, same values.
+      remat: recompute blocks in the backward pass; same parameters, same values. True ("full") keeps
+        nothing of a block, "dots" the results of its matrix products, see `REMATS`.
 
     t is a scalar or [batch]; cond is None, int labels (scalar or [batch]) or {"label": labels};
     `keep` masks the blocks, see `jaxdiff.models.network.block_factors`. Returns x's shape in
@@ -74,12 +75,21 @@ class MLP(nn.Module):
     dropout: float = 0.0
     time_scale: float = 1000.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     def __post_init__(self):
         check_rate("dropout", self.dropout)
         check_rate("label_dropout", self.label_dropout)
+        check_remat(self.remat)
         super().__post_init__()
+
+    # Megatron's layout (Shoeybi et al., 2019): the columns of a block's first product and the rows of
+    # its second.
+    tensor_rules = (
+        r"block_\d+/hidden/kernel=-,tensor",
+        r"block_\d+/hidden/bias=tensor",
+        r"block_\d+/out/kernel=tensor,-",
+    )
 
     def check_cond(self, batch: int, cond: Any) -> None:
         """Raise ValueError for a cond that this network does not take; traces nothing."""
@@ -98,12 +108,13 @@ class MLP(nn.Module):
         if jnp.ndim(x) != 2:
             raise ValueError(f"x must be [batch, dim], got shape {jnp.shape(x)}")
         check_rng(self, "dropout", self.dropout, train)
+        cond = read_cond(cond)
         c = ConditionEmbedding(
             self.width, self.width, self.time_scale, self.num_classes, self.label_dropout,
             name="condition",
-        )(t, read_cond(cond).get("label"), x.shape[0], train)  # fmt: skip
+        )(t, cond.get("label"), x.shape[0], train, rows=cond.get("rows"))  # fmt: skip
         h = nn.Dense(self.width, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="in")(x)
-        block = nn.remat(MLPBlock, static_argnums=(3,)) if self.remat else MLPBlock
+        block = rematerialised(MLPBlock, self.remat, static_argnums=(3,))
         if keep is not None and not self.residual:
             raise ValueError("keep needs residual=True: other blocks cannot be skipped")
         for name, factor in block_factors(keep, self.blocks(x.shape)).items():

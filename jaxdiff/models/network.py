@@ -14,6 +14,35 @@ from jaxdiff.models.embeddings import DEFAULT_INIT
 
 QK_NORMS = {None: None, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
+_policies = jax.checkpoint_policies
+# What of a block is kept for the backward pass; the rest is computed again.
+REMATS = {
+    "full": _policies.nothing_saveable,
+    "nothing_saveable": _policies.nothing_saveable,
+    "dots": _policies.dots_saveable,
+    "dots_saveable": _policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": _policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(remat: bool | str) -> None:
+    """Raise ValueError unless `remat` is False, True or a name in `REMATS`."""
+    if not isinstance(remat, bool) and remat not in REMATS:
+        raise ValueError(f"remat must be False, True or one of {list(REMATS)}, got {remat!r}")
+
+
+def rematerialised(
+    block: type[nn.Module], remat: bool | str, static_argnums: tuple[int, ...] = ()
+) -> type[nn.Module]:
+    """The block's class, whose results are computed again in the backward pass (Chen et al., 2016).
+
+    `static_argnums` count the arguments of its call, self first.
+    """
+    if remat is False:
+        return block
+    policy = REMATS["full" if remat is True else remat]
+    return nn.remat(block, policy=policy, static_argnums=static_argnums)
+
 
 class ImageNetwork(nn.Module):
     """Base of networks for images, x [batch, height, width, channels].
@@ -55,7 +84,7 @@ class SelfAttention(nn.Module):
       qk_norm: None, "rms" or "layer": a norm with learned parameters on each head's queries and
         keys, so that logits stay bounded (Dehghani et al., ViT-22B, 2023; Esser et al., SD3, 2024).
       attention: (q, k, v), each [batch, tokens, heads, head width], to the same shape.
-      out_init: initialiser of the output projection.
+      out_init, qkv_init: initialisers of the output projection and of the others.
     """
 
     num_heads: int
@@ -63,11 +92,12 @@ class SelfAttention(nn.Module):
     attention: Callable = jax.nn.dot_product_attention
     out_init: Callable = DEFAULT_INIT
     dtype: Any = jnp.float32
+    qkv_init: Callable = DEFAULT_INIT
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.Dense(3 * width, kernel_init=self.qkv_init, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = (qkv[:, :, i] for i in range(3))
         if self.qk_norm is not None:

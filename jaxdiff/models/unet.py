@@ -1,6 +1,7 @@
 """The convolutional UNet of DDPM (Ho et al., 2020) in ADM's form (Dhariwal & Nichol, "Diffusion
 models beat GANs on image synthesis", 2021)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,18 @@ from jaxdiff.models.embeddings import (
     check_rng,
     read_cond,
 )
-from jaxdiff.models.network import ImageNetwork, SelfAttention, block_factors, check_image, scaled
+from jaxdiff.models.network import (
+    ImageNetwork,
+    SelfAttention,
+    block_factors,
+    check_image,
+    check_remat,
+    rematerialised,
+    scaled,
+)
 
 RESAMPLINGS = ("block", "conv")
+_CONDITIONS = ("label", "image", "augment")
 
 
 def num_groups(channels: int) -> int:
@@ -40,8 +50,34 @@ def num_heads(channels: int, head_channels: int) -> int:
     return channels // head_channels
 
 
-def _group_norm(x, dtype, name):
-    return nn.GroupNorm(num_groups(x.shape[-1]), epsilon=1e-5, dtype=dtype, name=name)(x)
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """Where the papers' blocks differ.
+
+    Attributes:
+      adaptive_scale: the embedding scales and shifts after the second norm; else it is added before.
+      skip_scale: factor of each sum of a residual and its skip connection.
+      epsilon: of the norms.
+      project: a skip connection that is resampled also goes through a 1 x 1 convolution.
+      qkv_init: of the queries, keys and values.
+    """
+
+    adaptive_scale: bool = True
+    skip_scale: float = 1.0
+    epsilon: float = 1e-5
+    project: bool = False
+    qkv_init: Callable = DEFAULT_INIT
+
+    def norm(self, x: Array, dtype: Any, name: str) -> Array:
+        groups = num_groups(x.shape[-1])
+        return nn.GroupNorm(groups, epsilon=self.epsilon, dtype=dtype, name=name)(x)
+
+    def scaled(self, h: Array) -> Array:
+        return h if self.skip_scale == 1.0 else h * self.skip_scale
+
+
+ADM = BlockStyle()
+DDPM = BlockStyle(adaptive_scale=False)
 
 
 def _up(x):
@@ -58,13 +94,15 @@ class ResBlock(nn.Module):
         skip(x) + conv_0 silu(GN(conv silu(GN(x))) (1 + scale) + shift)
 
     scale and shift are linear in silu(c); conv_0 starts at zero; skip is a 1 x 1 convolution where
-    the number of channels changes. A `keep` of 0 leaves skip(x), of a resampled x.
+    the number of channels changes. A `keep` of 0 leaves skip(x), of a resampled x. `style` has what
+    DDPM's and DDPM++'s blocks do otherwise.
     """
 
     channels: int
     resample: Callable | None
     dropout: float
     dtype: Any
+    style: BlockStyle = ADM
 
     @nn.compact
     def __call__(
@@ -76,20 +114,25 @@ class ResBlock(nn.Module):
                 self.channels, (size, size), kernel_init=init, dtype=self.dtype, name=name
             )
 
-        h = nn.silu(_group_norm(x, self.dtype, "norm_in"))
+        style = self.style
+        h = nn.silu(style.norm(x, self.dtype, "norm_in"))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = conv(3, "conv_in")(h)
         modulation = nn.Dense(
-            2 * self.channels, kernel_init=DEFAULT_INIT, dtype=self.dtype, name="modulation"
-        )(nn.silu(c))
-        scale, shift = jnp.split(modulation[:, None, None], 2, axis=-1)
-        h = nn.silu(_group_norm(h, self.dtype, "norm_out") * (1 + scale) + shift)
+            self.channels * (1 + style.adaptive_scale), kernel_init=DEFAULT_INIT, dtype=self.dtype,
+            name="modulation",
+        )(nn.silu(c))[:, None, None]  # fmt: skip
+        if style.adaptive_scale:
+            scale, shift = jnp.split(modulation, 2, axis=-1)
+            h = nn.silu(style.norm(h, self.dtype, "norm_out") * (1 + scale) + shift)
+        else:
+            h = nn.silu(style.norm(h + modulation, self.dtype, "norm_out"))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = conv(3, "conv_out", nn.initializers.zeros)(h)
-        if x.shape[-1] != self.channels:
+        if x.shape[-1] != self.channels or (style.project and self.resample is not None):
             x = conv(1, "skip")(x)
-        return x + scaled(keep, h)
+        return style.scaled(x + scaled(keep, h))
 
 
 class AttentionBlock(nn.Module):
@@ -98,18 +141,42 @@ class AttentionBlock(nn.Module):
     head_channels: int
     attention: Callable
     dtype: Any
+    style: BlockStyle = ADM
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch h w channels"], keep: Any = None
     ) -> Float[Array, "batch h w channels"]:
         batch, _, _, channels = x.shape
-        h = _group_norm(x, self.dtype, "norm").reshape(batch, -1, channels)
+        h = self.style.norm(x, self.dtype, "norm").reshape(batch, -1, channels)
         heads = num_heads(channels, self.head_channels)
         h = SelfAttention(
-            heads, None, self.attention, nn.initializers.zeros, self.dtype, name="attention"
-        )(h)
-        return x + scaled(keep, h.reshape(x.shape))
+            heads, None, self.attention, nn.initializers.zeros, self.dtype, self.style.qkv_init,
+            name="attention",
+        )(h)  # fmt: skip
+        return self.style.scaled(x + scaled(keep, h.reshape(x.shape)))
+
+
+def attending_levels(
+    shape: tuple[int, ...], levels: int, resolutions: tuple[int, ...]
+) -> list[bool]:
+    """Whether each level attends, for an x of this shape: its shorter side is in `resolutions`.
+
+    Raises ValueError for a size that 2^(levels - 1) does not divide, and for resolutions that no
+    level has.
+    """
+    _, height, width, _ = shape
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"{levels} levels need a size divisible by {factor}, got {height} x {width}"
+        )
+    sizes = [min(height, width) // 2**i for i in range(levels)]
+    if absent := [size for size in resolutions if size not in sizes]:
+        raise ValueError(
+            f"attention_resolutions {absent} are not among the feature map sizes {sizes}"
+        )
+    return [size in resolutions for size in sizes]
 
 
 class UNet(ImageNetwork):
@@ -123,7 +190,9 @@ class UNet(ImageNetwork):
     initialisation is 0.
 
     With ADM's settings for ImageNet 64 (width 192, multipliers (1, 2, 3, 4), 3 blocks, attention at
-    32, 16, 8, 1000 classes without null label, learn_sigma) it has the paper's 296M parameters.
+    32, 16, 8, 1000 classes without null label, learn_sigma) it has the paper's 296M parameters;
+    with DDPM's for CIFAR-10 (the defaults, resample "conv", adaptive_scale False, head_channels 256)
+    its 35.7M.
 
     Attributes:
       width: channels that the multipliers multiply.
@@ -133,6 +202,8 @@ class UNet(ImageNetwork):
       head_channels: channels of one attention head; fewer channels make one head.
       resample: "block", down and up inside a residual block (ADM, DDPM++), or "conv", a strided
         convolution and a nearest-neighbour upsampling with a convolution (DDPM).
+      adaptive_scale: the embedding scales and shifts in each block (ADM), or is added to its
+        features (DDPM).
       image_channels: channels of cond["image"], which is concatenated to x; 0 for none.
       num_classes: classes of the label, or None for a network without labels; num_classes itself is
         the null label.
@@ -142,15 +213,17 @@ class UNet(ImageNetwork):
       time_scale: t is multiplied by it before the sinusoids (periods 2 pi to 20000 pi): 1000 for t
         in [0, 1], 1 for integer timesteps.
       dtype: of the computation; parameters, embeddings and the last layer stay float32.
-      remat: recompute blocks in the backward pass; same parameters, same values.
+      remat: recompute blocks in the backward pass; same parameters, same values. True ("full") keeps
+        nothing of a block, "dots" the results of its matrix products, see `REMATS`.
       attention: (q, k, v), each [batch, pixels, heads, head width], to the same shape.
+      augment_dim: labels of an augmentation that it is told of, see `jaxdiff.data.Augmentation`.
 
-    t is a scalar or [batch]; cond None, int labels (scalar or [batch]) or a dict with "label" and
-    "image" [batch, height, width, image_channels]; `keep` masks the blocks, each residual block and
-    each attention, see `jaxdiff.models.network.block_factors`. Returns x's shape in float32
-    (float64 for a float64 x). Raises ValueError for sizes that do not divide, resolutions that no
-    level has, wrong shapes, labels out of range, a label or an image that is missing or not
-    wanted, missing keys.
+    t is a scalar or [batch]; cond None, int labels (scalar or [batch]) or a dict with "label",
+    "image" [batch, height, width, image_channels] and "augment" [batch, augment_dim]; `keep` masks
+    the blocks, each residual block and each attention, see `jaxdiff.models.network.block_factors`.
+    Returns x's shape in float32 (float64 for a float64 x). Raises ValueError for sizes that do not
+    divide, resolutions that no level has, wrong shapes, labels out of range, a label or an image
+    that is missing or not wanted, missing keys.
     """
 
     width: int = 128
@@ -159,18 +232,21 @@ class UNet(ImageNetwork):
     attention_resolutions: tuple[int, ...] = (16,)
     head_channels: int = 64
     resample: str = "block"
+    adaptive_scale: bool = True
     image_channels: int = 0
     num_classes: int | None = None
     label_dropout: float = 0.1
     dropout: float = 0.0
     time_scale: float = 1000.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     attention: Callable = jax.nn.dot_product_attention
+    augment_dim: int = 0
 
     def __post_init__(self):
         check_rate("dropout", self.dropout)
         check_rate("label_dropout", self.label_dropout)
+        check_remat(self.remat)
         if self.resample not in RESAMPLINGS:
             raise ValueError(f"resample must be one of {RESAMPLINGS}, got {self.resample!r}")
         # Lists, as a saved config has them, would make the module unhashable.
@@ -180,7 +256,7 @@ class UNet(ImageNetwork):
 
     def check_cond(self, batch: int, cond: Any) -> None:
         """Raise ValueError for a cond that this network does not take; traces nothing."""
-        labels = read_cond(cond, ("label", "image")).get("label")
+        labels = read_cond(cond, _CONDITIONS).get("label")
         check_condition(labels, batch, self.num_classes, self.label_dropout)
 
     def blocks(self, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -207,20 +283,24 @@ class UNet(ImageNetwork):
         check_rng(self, "dropout", self.dropout, train)
         attends = self._attends(x.shape)
         factors = block_factors(keep, self.blocks(x.shape))
-        cond = read_cond(cond, ("label", "image"))
+        cond = read_cond(cond, _CONDITIONS)
         c = ConditionEmbedding(
             4 * self.width, self.width, self.time_scale, self.num_classes, self.label_dropout,
-            name="condition",
-        )(t, cond.get("label"), x.shape[0], train)  # fmt: skip
-        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            augment_dim=self.augment_dim, name="condition",
+        )(t, cond.get("label"), x.shape[0], train, cond.get("augment"), cond.get("rows"))  # fmt: skip
+        res_block = rematerialised(ResBlock, self.remat, static_argnums=(3,))
+        attention_block = rematerialised(AttentionBlock, self.remat)
+
+        style = ADM if self.adaptive_scale else DDPM
 
         def residual(h, channels, name, resample=None):
-            block = res_block(channels, resample, self.dropout, self.dtype, name=name)
+            block = res_block(channels, resample, self.dropout, self.dtype, style, name=name)
             return block(h, c, train, factors[name])
 
         def attend(h, name):
-            block = attention_block(self.head_channels, self.attention, self.dtype, name=name)
+            block = attention_block(
+                self.head_channels, self.attention, self.dtype, style, name=name
+            )
             return block(h, factors[name])
 
         def conv(h, channels, name, **options):
@@ -260,28 +340,14 @@ class UNet(ImageNetwork):
                     h = attend(h, f"up_{level}_attention_{i}")
             if level > 0:
                 h = up(h, f"up_{level}_resample")
-        h = nn.silu(_group_norm(h, self.dtype, "norm_out"))
+        h = nn.silu(style.norm(h, self.dtype, "norm_out"))
         return conv(
             h, x.shape[-1] * (1 + self.learn_sigma), "out",
             kernel_init=nn.initializers.zeros, dtype=jnp.promote_types(x.dtype, jnp.float32),
         )  # fmt: skip
 
-    def _attends(self, shape):
-        """Whether each level attends."""
-        _, height, width, _ = shape
-        factor = 2 ** (len(self.multipliers) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"{len(self.multipliers)} levels need a size divisible by {factor}, got "
-                f"{height} x {width}"
-            )
-        sizes = [min(height, width) // 2**i for i in range(len(self.multipliers))]
-        absent = [size for size in self.attention_resolutions if size not in sizes]
-        if absent:
-            raise ValueError(
-                f"attention_resolutions {absent} are not among the feature map sizes {sizes}"
-            )
-        return [size in self.attention_resolutions for size in sizes]
+    def _attends(self, shape: tuple[int, ...]) -> list[bool]:
+        return attending_levels(shape, len(self.multipliers), self.attention_resolutions)
 
     def _inputs(self, x: Array, cond: dict[str, Any]) -> Array:
         """x, with the conditioning image behind its channels."""

@@ -8,32 +8,38 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxdiff.config import to_dict
 from jaxdiff.experiment import Experiment
-from jaxdiff.parallel import mesh
+from jaxdiff.parallel import is_main
 from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.training.meter import make_meter, sentence
+from jaxdiff.training.milestones import Milestones
+from jaxdiff.training.profile import Profile
 from jaxdiff.training.run import (
     CHECKPOINTS,
     LOSSES,
+    THROUGHPUT,
     Plan,
-    abstract_state,
     batches,
     check_batch,
     open_run,
 )
 from jaxdiff.training.state import State, make_schedule
-from jaxdiff.training.step import shardings
 from jaxdiff.training.writers import ConsoleWriter, JSONLinesWriter, TensorBoardWriter
 
 Hook = Callable[[Experiment, State], None]
 
 
 def train(
-    plan: Plan, workdir: str | Path, hook: Hook | None = None, progress: bool = True
-) -> State:
+    plan: Plan, workdir: str | Path, hook: Hook | None = None, progress: bool = True,
+    stop: Callable[[int], bool] = lambda step: False, profile: Profile | None = None,
+) -> State:  # fmt: skip
     """Train, or continue, a run in `workdir` until config.train.steps; returns the last state.
 
     Continuing gives, bit for bit, what an uninterrupted run would have given. `hook` is called
-    every config.train.sample_every steps.
+    every config.train.sample_every steps. After a step for which `stop(step)` is true, in every
+    process, the state is saved and returned: see `jaxdiff.training.preemption.Signals.stop`.
+    `profile` traces a few steps.
 
     Raises ValueError if the folder holds a run of another configuration; FloatingPointError, naming
     the step, at a loss that is not finite (the last good checkpoint stays).
@@ -42,67 +48,104 @@ def train(
     config, settings = experiment.config, experiment.config.train
     open_run(experiment, workdir)
 
-    over_examples, replicated = shardings(mesh())
-    stream = batches(config, plan.source)
-    initial = jax.jit(plan.init, out_shardings=replicated)
+    placement = plan.placement
+    stream = batches(config, plan.source, placement)
+    # Each device makes its own part of the state: it is whole on none.
+    initial = jax.jit(plan.init, out_shardings=placement.state)
     train_step = jax.jit(
-        plan.step, donate_argnums=0, in_shardings=(replicated, over_examples),
-        out_shardings=(replicated, replicated),
+        plan.step, donate_argnums=0, in_shardings=(placement.state, placement.batch),
+        out_shardings=(placement.state, placement.replicated),
     )  # fmt: skip
     schedule = make_schedule(config)
-    with Checkpoints(workdir / CHECKPOINTS, settings.keep) as checkpoints:
+    with Checkpoints(
+        workdir / CHECKPOINTS, settings.keep, settings.keep_every, to_dict(config)
+    ) as checkpoints:
         start, pending = 0, []
-        if checkpoints.steps():
-            state, position, start = checkpoints.restore(abstract_state(plan.init))
+        if checkpoints.latest() is not None:
+            state, position, start = checkpoints.restore(placement.abstract)
             checkpoints.discard_after(start)
             stream.set_state(position["data"])
             pending = position["pending"]
         else:
             state = initial()
+        milestones = Milestones(plan, workdir, start)
+        if start and milestones.due(start):  # the run may have been killed before it did them
+            milestones(start, state, position)
         if start >= settings.steps:
             return state
+        train_step = train_step.lower(placement.abstract, plan.batch).compile()
 
         bar = tqdm(
-            total=settings.steps, initial=start, unit="step", disable=not progress,
-            file=sys.stderr, dynamic_ncols=True,
+            total=settings.steps, initial=start, unit="step",
+            disable=not (progress and is_main()), file=sys.stderr, dynamic_ncols=True,
         )  # fmt: skip
-        writers = [ConsoleWriter(bar)]
-        if jax.process_index() == 0:
+        writers, timings = [ConsoleWriter(bar)], []
+        if is_main():
             writers.append(JSONLinesWriter(workdir / LOSSES, resume=start))
+            # Times are never the same twice: apart from the losses, which are.
+            timings.append(JSONLinesWriter(workdir / THROUGHPUT, resume=start))
             if settings.tensorboard:
-                writers.append(TensorBoardWriter(workdir / "tensorboard", resume=start))
+                board = TensorBoardWriter(workdir / "tensorboard", resume=start)
+                writers.append(board)
+                timings.append(board)
         try:
-            unread = []
+            unread, metrics = [], None
+            devices = placement.mesh.devices.ravel()
+            meter = make_meter(experiment, devices, train_step)
             for step in range(start + 1, settings.steps + 1):
-                batch = next(stream)
-                check_batch(batch, experiment, step)
-                batch = {
-                    name: jax.make_array_from_process_local_data(over_examples, array)
-                    for name, array in batch.items()
-                }
-                state, metrics = train_step(state, batch)
+                if profile:
+                    profile.before(step - start, settings.steps - start, metrics, meter)
+                rows = next(stream)  # of this process
+                meter.input(metrics)
+                check_batch(rows, experiment, step)
+                batch = placement.put(rows, settings.batch_size)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, batch)
                 unread.append(metrics)
                 bar.update()
+                meter.step()
+                if profile:
+                    profile.after(step - start, metrics, meter)
 
                 log = step % settings.log_every == 0 or step == settings.steps
-                save = step % settings.checkpoint_every == 0 or step == settings.steps
-                if log or save:
+                if log:
+                    jax.block_until_ready(state)  # processes talk while no step is running
+                stopping = stop(step)
+                due = step % settings.checkpoint_every == 0
+                save = due or stopping or step == settings.steps
+                milestone = milestones.due(step)
+                if log or save or milestone:
                     # Reading waits for the device, so it is done for many steps at once.
                     pending += _finite(jax.device_get(unread), step)
                     unread = []
+                    meter.lap("device")
                 if log:
                     mean = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
                     mean["learning_rate"] = float(schedule(step - 1))
                     for writer in writers:
                         writer.write(step, mean)
+                    rates = meter.rates()
+                    for writer in timings:
+                        writer.write(step, rates)
                     pending = []
-                if save:
+                    meter.lap("logging")
+                if save or milestone:
                     position = {"data": stream.get_state(), "pending": pending}
+                if save:
                     checkpoints.save(step, state, position)
-                if hook and settings.sample_every and step % settings.sample_every == 0:
+                    meter.lap("saving")
+                if stopping:
+                    break
+                if milestone:
+                    milestones(step, state, position)
+                pictures = settings.sample_every and step % settings.sample_every == 0
+                if hook and pictures:
                     hook(experiment, state)
+                meter.lap("evaluating" if milestone or pictures else "other")
+            if is_main() and progress:
+                tqdm.write(sentence(meter.total(), devices[0].device_kind), file=sys.stderr)
         finally:
-            for writer in writers:
+            for writer in {*writers, *timings}:
                 writer.close()
     return state
 

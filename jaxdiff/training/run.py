@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdiff import config as configuration
+from jaxdiff import parallel
 from jaxdiff.data import loader
 from jaxdiff.data.loader import Source
 from jaxdiff.evaluation import check_evaluation
 from jaxdiff.experiment import Experiment, make_experiment, make_source
 from jaxdiff.files import write_text
-from jaxdiff.parallel import mesh
 from jaxdiff.settings import SECTIONS
+from jaxdiff.training import ema
 from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.training.continuing import changes
+from jaxdiff.training.placement import Placement, place, place_to_read
 from jaxdiff.training.state import State, init_state, make_optimizer
-from jaxdiff.training.step import Step, make_step, shardings
+from jaxdiff.training.step import Step, make_step
 from jaxdiff.training.writers import require_tensorboard
 
 CONFIG = "config.json"
@@ -30,6 +34,12 @@ LOSSES = "metrics.jsonl"
 FIGURES = "metrics.json"
 SAMPLES = "samples.png"
 CHECKPOINTS = "checkpoints"
+BEST = "best"
+SNAPSHOTS = "ema"
+EVALUATIONS = "evaluations.jsonl"
+PICTURES = "samples"
+THROUGHPUT = "throughput.jsonl"
+PROFILE = "profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +50,53 @@ class Plan:
     source: Source
     init: Callable[[], State]
     step: Step
+    placement: Placement
+    batch: Mapping[str, jax.ShapeDtypeStruct]
 
 
-def prepare(config: ConfigDict) -> Plan:
-    """Build and check everything a run needs. Raises ValueError, TypeError, FileNotFoundError,
-    ImportError."""
+def prepare(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """Build and check everything a run needs, on all devices or those given.
+
+    Raises ValueError, TypeError, FileNotFoundError, ImportError."""
     config = configuration.complete(config, SECTIONS)  # it may have been changed since
     settings = config.train
-    if settings.batch_size % jax.device_count():
-        raise ValueError(
-            f"config.train.batch_size must be a multiple of the {jax.device_count()} devices, got "
-            f"{settings.batch_size}"
-        )
     if settings.tensorboard:
         require_tensorboard()
     source = make_source(config)
     experiment = make_experiment(config, source.shape, source.num_classes)
     check_evaluation(experiment)
+    ema.check(settings)
     optimizer = make_optimizer(config)
     init = functools.partial(init_state, experiment, optimizer)
     step = make_step(experiment, optimizer)
-    batch = next(batches(config, source))
-    check_batch(batch, experiment, 1)
-    jax.eval_shape(step, jax.eval_shape(init), batch)
-    return Plan(experiment, source, init, step)
+    placement = place(experiment, init, devices)
+    rows = next(batches(config, source, placement))
+    check_batch(rows, experiment, 1)
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((settings.batch_size, *a.shape[1:]), a.dtype), rows
+    )
+    jax.eval_shape(step, placement.abstract, batch)
+    return Plan(experiment, source, init, step, placement, batch)
 
 
 def open_run(experiment: Experiment, workdir: Path) -> None:
-    """Make the folder of a run, or check that it holds a run of the same configuration."""
+    """Make the folder of a run, or check that it holds a run of the same configuration.
+
+    What `jaxdiff.training.continuing` lists may differ, and is told by a warning: the mesh, say,
+    changes where a run happens, and its numbers by rounding alone.
+    """
     config = experiment.config
-    if (workdir / CONFIG).exists():
-        changes = configuration.difference(configuration.read(workdir / CONFIG, SECTIONS), config)
-        if changes:
-            listed = "\n  ".join(changes)
+    if parallel.agreed((workdir / CONFIG).exists()):
+        allowed, refused = changes(configuration.read(workdir / CONFIG, SECTIONS), config)
+        if refused:
+            listed = "\n  ".join(refused)
             raise ValueError(
                 f"{str(workdir)!r} holds a run of another configuration:\n  {listed}\n"
                 "Use another workdir, or the configuration it was started with."
             )
+        if allowed and parallel.is_main():
+            listed = "\n  ".join(allowed)
+            warnings.warn(f"the run goes on with other settings:\n  {listed}", stacklevel=2)
         return
     if workdir.exists() and not workdir.is_dir():
         raise NotADirectoryError(f"the workdir {str(workdir)!r} is a file")
@@ -86,16 +106,18 @@ def open_run(experiment: Experiment, workdir: Path) -> None:
         raise ValueError(
             f"the workdir {str(workdir)!r} is not empty and holds no run (no {CONFIG}): use another"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    parallel.barrier("the workdir was checked")
+    if parallel.is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
         shape = {"shape": list(experiment.shape), "num_classes": experiment.num_classes}
         write_text(workdir / DATA, json.dumps(shape) + "\n")
         configuration.write(workdir / CONFIG, config)
+    parallel.barrier("the workdir was made")
 
 
 def is_finished(experiment: Experiment, workdir: Path) -> bool:
     """Whether the folder holds this run's final figures; raises as `open_run` for another run."""
-    if not (workdir / FIGURES).exists():
+    if not parallel.agreed((workdir / FIGURES).exists()):
         return False
     open_run(experiment, workdir)
     return True
@@ -118,27 +140,26 @@ def read_experiment(workdir: str | Path) -> Experiment:
     return make_experiment(config, shape, classes)
 
 
-def restore(experiment: Experiment, workdir: str | Path) -> State:
-    """The state of the newest readable checkpoint; see `Checkpoints.restore` for what it raises."""
+def restore(experiment: Experiment, workdir: str | Path, best: bool = False) -> State:
+    """The state of the newest readable checkpoint; see `Checkpoints.restore` for what it raises.
+
+    `best` takes the one with the best config.train.best_metric instead. The state lies on the run's
+    own mesh where that fits the devices, else whole on each of them.
+    """
     init = functools.partial(init_state, experiment, make_optimizer(experiment.config))
-    with Checkpoints(Path(workdir) / CHECKPOINTS) as checkpoints:
-        return checkpoints.restore(abstract_state(init))[0]
+    with Checkpoints(Path(workdir) / (BEST if best else CHECKPOINTS)) as checkpoints:
+        return checkpoints.restore(place_to_read(experiment, init).abstract)[0]
 
 
-def abstract_state(init: Callable[[], State]) -> State:
-    """Shapes, dtypes and shardings of the state that `init` makes."""
-    replicated = shardings(mesh())[1]
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(init),
-    )
+def batches(config: ConfigDict, source: Source, placement: Placement | None = None) -> Any:
+    """The iterator of batches, decided by config.seed and the step.
 
-
-def batches(config: ConfigDict, source: Source) -> Any:
-    """This process's iterator of batches, decided by config.seed and the step."""
+    With a placement, of the rows that this process's devices hold.
+    """
+    size = config.train.batch_size
     return loader(
-        source, config.train.batch_size, config.seed, flip=config.train.flip,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        source, size, config.seed, flip=config.train.flip, threads=config.train.prefetch,
+        rows=None if placement is None else placement.rows(size),
     )  # fmt: skip
 
 

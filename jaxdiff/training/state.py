@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxdiff.experiment import Experiment
+from jaxdiff.training import ema as averages
 
 
 @jax.tree_util.register_dataclass
@@ -22,6 +23,7 @@ class State:
       ema: the exponential moving average of params, for sampling.
       step: steps done, int32.
       key: never changes; step n draws from fold_in(key, n).
+      ema_tracks: an average of params for each of config.train.ema_lengths.
     """
 
     params: Any
@@ -29,6 +31,7 @@ class State:
     ema: Any
     step: jax.Array
     key: jax.Array
+    ema_tracks: tuple[Any, ...] = ()
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -77,4 +80,5 @@ def init_state(experiment: Experiment, optimizer: optax.GradientTransformation) 
     params = experiment.init(init_key)
     # A copy: a donated state may not hold one buffer twice.
     ema = jax.tree.map(jnp.copy, params)
-    return State(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32), key)
+    tracks = averages.start(params, experiment.config.train.ema_lengths)
+    return State(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32), key, tracks)

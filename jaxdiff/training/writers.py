@@ -33,7 +33,7 @@ class JSONLinesWriter:
     def __init__(self, path: str | Path, resume: int = 0):
         self._path = Path(path)
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume]
+            kept = kept_lines(self._path, resume)
             write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -44,6 +44,11 @@ class JSONLinesWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def kept_lines(path: Path, last: int) -> list[str]:
+    """The whole lines of steps up to `last`."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
 
 
 def _step(line: str) -> float:

@@ -88,3 +88,42 @@ def test_bad_image_folders_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             data.image_folder(tmp_path, **options)
+
+
+def test_adm_crop_halves_by_means_and_then_crops_the_middle(tmp_path):
+    """40 x 24 at size 4: halved twice by means, the bicubic resize from 10 x 6, the middle."""
+
+    def halved(pixels):  # along the rows, then the columns, each rounded to bytes, as in Pillow
+        rows = np.floor((pixels[:, ::2] + 1.0 * pixels[:, 1::2]) / 2 + 0.5)
+        return np.floor((rows[::2] + rows[1::2]) / 2 + 0.5).astype(np.uint8)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40), np.uint8)
+    _write(tmp_path / "a.png", pixels)
+    halves = halved(halved(pixels))
+    assert halves.shape == (6, 10)
+    small = np.asarray(Image.fromarray(halves).resize((7, 4), Image.Resampling.BICUBIC))
+    x = data.image_folder(tmp_path, size=4, channels=1, crop="adm")[0]["x"]
+    np.testing.assert_allclose((x[..., 0] + 1) * 127.5, small[:, 1:5], atol=1e-4)
+    # No resize at all where the mean already fits: the field's own definition of the crop.
+    exact = data.image_folder(tmp_path, size=12, channels=1, crop="adm")[0]["x"]
+    np.testing.assert_allclose((exact[..., 0] + 1) * 127.5, halved(pixels)[:, 4:16], atol=1e-4)
+    with pytest.raises(ValueError, match=r"crop must be one of \['square', 'adm'\], got 'left'"):
+        data.image_folder(tmp_path, size=4, crop="left")
+
+
+def test_imagenet_is_a_thousand_named_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no ImageNet in .*www\.image-net\.org/download"):
+        data.imagenet(tmp_path / "train", 4)
+    _write(tmp_path / "n00000000" / "1.JPEG", np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="1000 class folders n01440764, ..., got 1"):
+        data.imagenet(tmp_path, 4)
+    for i in range(1, 1000):
+        folder = tmp_path / f"n{i:08d}"
+        folder.mkdir()
+        (folder / "1.JPEG").hardlink_to(tmp_path / "n00000000" / "1.JPEG")
+    source = data.imagenet(tmp_path, 2)
+    assert (len(source), source.num_classes, source.crop) == (1000, 1000, "adm")
+    assert source[123]["label"] == 123 and source[123]["x"].shape == (2, 2, 3)
+    (tmp_path / "n00000000").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="n01440764"):
+        data.imagenet(tmp_path, 2)

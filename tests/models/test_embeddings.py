@@ -23,6 +23,10 @@ def test_sinusoidal_is_the_formula(features):
             angle = t[b] / 10_000.0 ** (i / 3)
             expected[b, i], expected[b, 3 + i] = np.cos(angle), np.sin(angle)
     np.testing.assert_allclose(sinusoidal(jnp.asarray(t), features), expected, atol=5e-6)
+    # With the end point the frequencies go from 1 to exactly 1 / 10,000: 1, 1 / 100, 1 / 10,000.
+    cos = np.cos(t[:, None] / np.array([1.0, 100.0, 10_000.0]))
+    ends = sinusoidal(jnp.asarray(t), features, endpoint=True)
+    np.testing.assert_allclose(ends[:, :3], cos, atol=5e-6)
 
 
 def test_positions_encode_the_column_then_the_row():
@@ -121,6 +125,28 @@ def test_condition_embedding_adds_time_and_label():
     np.testing.assert_allclose(module.apply(variables, *args), time + label, rtol=1e-6)
     with pytest.raises(ValueError, match="made with num_classes=None"):
         ConditionEmbedding(features=4).init(jax.random.key(0), *args)
+
+
+def test_an_augmentation_is_added_to_the_sinusoids_and_absent_is_zero():
+    module = ConditionEmbedding(features=4, frequencies=6, augment_dim=2)
+    made = module.init(jax.random.key(0), 0.5, None, 3, False)["params"]["time"]
+    assert not np.any(made["augment"]["linear"]["kernel"]) and set(made["augment"]["linear"]) == {
+        "kernel"
+    }
+    kernel = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
+    params = {"time": made | {"augment": {"linear": {"kernel": jnp.asarray(kernel)}}}}
+    labels = np.array([[1.0, -2.0], [0.0, 0.0], [0.5, 0.0]], np.float32)
+    out = module.apply({"params": params}, 0.5, None, 3, False, labels)
+    waves = np.asarray(sinusoidal(jnp.full(3, 500.0), 6)) + labels @ kernel
+    hidden = waves @ made["hidden"]["kernel"] + made["hidden"]["bias"]
+    hidden = hidden / (1 + np.exp(-hidden))
+    np.testing.assert_allclose(out, hidden @ made["out"]["kernel"] + made["out"]["bias"], rtol=1e-4)
+    absent = module.apply({"params": params}, 0.5, None, 3, False)
+    np.testing.assert_allclose(absent, np.broadcast_to(out[1], (3, 4)), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must have shape \(3, 2\), got \(3, 9\)"):
+        module.apply({"params": params}, 0.5, None, 3, False, np.zeros((3, 9)))
+    with pytest.raises(ValueError, match="network with augment_dim=0"):
+        module.clone(augment_dim=0).apply({"params": params}, 0.5, None, 3, False, labels)
 
 
 def test_read_cond():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models import MLP, DiT, UNet
+from jaxdiff.models import MLP, DiT, SongUNet, UNet
 
 CLASSES = 3
 NETWORKS = {
@@ -28,7 +28,13 @@ NETWORKS = {
         ),
         (4, 4, 4, 3),
     ),
-}
+    "song_unet": (
+        SongUNet.ncsn_pp(  # one level: the way down and up is compared with the authors' code
+            width=8, multipliers=(1,), num_blocks=1, attention_resolutions=(), num_classes=CLASSES
+        ),
+        (4, 4, 4, 3),
+    ),
+}  # fmt: skip
 # These tests compile much and run little.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -128,7 +134,9 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients(name, setup):
         functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), actual, expected
     )
     # Every block is one rematerialised call; the layers at both ends are not.
-    blocks = set(variables["params"]) - {"condition", "in", "modulation", "norm_out", "out"}
+    ends = {"condition", "in", "modulation", "norm_out", "out"}
+    ends |= {"norm_out_0", "out_0"}
+    blocks = set(variables["params"]) - ends
     equations = jax.make_jaxpr(remat.apply)(variables, x, t).eqns
     assert sum(e.primitive.name in ("remat2", "checkpoint") for e in equations) == len(blocks)
 
@@ -235,13 +243,13 @@ def test_bad_calls_name_what_is_wrong(name, setup):
 # --- masks of blocks ------------------------------------------------------------------------------
 
 # What of a block's parameters its residual is linear in: (layer, parameters) that zeroed skip it.
-LINEAR = {"mlp": "out", "dit": "modulation", "unet": "conv_out"}
+LINEAR = {"mlp": "out", "dit": "modulation", "unet": "conv_out", "song_unet": "conv_out"}
 
 
 def without(name, variables, block):
     """The variables, with those of the block's last layer zero."""
     layers = variables["params"][block]
-    if "attention" in layers and name == "unet":
+    if "attention" in layers and "unet" in name:
         own = layers["attention"]
         changed = {"attention": {**own, "out": jax.tree.map(jnp.zeros_like, own["out"])}}
     else:

@@ -5,7 +5,15 @@ import pytest
 from scipy.signal import correlate2d
 
 from jaxdiff.models import UNet
-from jaxdiff.models.unet import AttentionBlock, ResBlock, _down, _up, num_groups, num_heads
+from jaxdiff.models.unet import (
+    DDPM,
+    AttentionBlock,
+    ResBlock,
+    _down,
+    _up,
+    num_groups,
+    num_heads,
+)
 
 
 def shapes(module, shape, cond=None):
@@ -137,6 +145,21 @@ def test_residual_block_is_adm_s(channels, resample, plain, random_variables, ji
     h = group_norm(p["norm_out"], h, channels // 4) * (1 + scale) + shift
     expected = conv(p["conv_out"], silu(h))
     expected += plain(x64) if channels == 8 else conv(p["skip"], plain(x64))
+    out = jit(module.apply, static_argnums=3)(variables, x, c, False)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_residual_block_is_ddpm_s(random_variables, jit):
+    """The embedding is added before the second norm."""
+    module = ResBlock(12, None, 0.0, jnp.float32, DDPM)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 6, 8))
+    c = jax.random.normal(jax.random.key(2), (2, 5))
+    variables = random_variables(module, x, c, static=(False,))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+    x64, c64 = np.asarray(x, np.float64), np.asarray(c, np.float64)
+    h = conv(p["conv_in"], silu(group_norm(p["norm_in"], x64, 2)))
+    h = h + (silu(c64) @ p["modulation"]["kernel"] + p["modulation"]["bias"])[:, None, None]
+    expected = conv(p["conv_out"], silu(group_norm(p["norm_out"], h, 3))) + conv(p["skip"], x64)
     out = jit(module.apply, static_argnums=3)(variables, x, c, False)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 

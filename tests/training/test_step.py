@@ -6,33 +6,29 @@ from tiny_run import tiny_config
 
 from jaxdiff import losses
 from jaxdiff.noise import normal, sample_keys
-from jaxdiff.parallel import mesh
 from jaxdiff.training.run import batches, prepare
 from jaxdiff.training.state import make_optimizer, make_schedule
-from jaxdiff.training.step import shardings
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    return prepare(
-        tiny_config(tmp_path_factory.mktemp("step"), "--config.optimizer.warmup_steps=2")
-    )
+def config(tmp_path_factory):
+    return tiny_config(tmp_path_factory.mktemp("step"), "--config.optimizer.warmup_steps=2")
 
 
-def run(plan, steps, devices=None):
+@pytest.fixture(scope="module")
+def plan(config):
+    return prepare(config, jax.devices()[:1])
+
+
+def run(plan, steps):
     """(states after each step, losses)"""
-    jit = jax.jit(plan.step)
-    state = jax.jit(plan.init)()
-    place = lambda tree, at: tree  # noqa: E731
-    if devices is not None:
-        over_examples, replicated = shardings(devices)
-        jit = jax.jit(plan.step, out_shardings=(replicated, replicated))
-        state, place = jax.device_put(state, replicated), jax.device_put
-    stream = batches(plan.experiment.config, plan.source)
+    placement = plan.placement
+    out = placement.state, placement.replicated
+    state, step = jax.jit(plan.init, out_shardings=out[0])(), jax.jit(plan.step, out_shardings=out)
+    stream = batches(plan.experiment.config, plan.source, placement)
     states, found = [state], []
     for _ in range(steps):
-        batch = place(next(stream), None if devices is None else over_examples)
-        state, metrics = jit(state, batch)
+        state, metrics = step(state, placement.put(next(stream), 16))
         states.append(state)
         found.append(float(metrics["loss"]))
     return states, np.array(found)
@@ -79,10 +75,11 @@ def test_a_step_is_the_optimizer_on_the_mean_score_matching_loss(plan):
     )  # fmt: skip
 
 
-def test_eight_devices_follow_the_loss_curve_of_one(plan):
+def test_eight_devices_follow_the_loss_curve_of_one(config, plan):
     _, one = run(plan, 50)
-    _, eight = run(plan, 50, mesh())
-    assert mesh().size == 8
+    eight_devices = prepare(config)
+    _, eight = run(eight_devices, 50)
+    assert eight_devices.placement.mesh.size == 8
     np.testing.assert_allclose(eight, one, rtol=2e-4)
     assert one[-10:].mean() < one[:10].mean()  # and it learns
 

@@ -1,16 +1,4 @@
-"""Sampling on several devices.
-
-Two ways, with the same numbers as on one device:
-
-- `jax.jit` over inputs with a `NamedSharding`: takes everything `jaxdiff.sample` takes, and lets
-  the compiler place the work;
-- `sharded(jaxdiff.sample, mesh)`: every device runs its own slice of the batch, with no
-  communication at all.
-
-Your own `jax.shard_map` or `jax.pmap` around `jaxdiff.sample` works too: pass one key per sample
-(`jaxdiff.sample_keys`), `adjoint=diffrax.DirectAdjoint()` to differentiate inside, and to
-`shard_map` `check_vma=False`.
-"""
+"""Sampling with the batch split over devices by hand: `sharded`."""
 
 from __future__ import annotations
 
@@ -22,7 +10,7 @@ import diffrax
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff.arrays import as_arrays, structure_hash
@@ -33,26 +21,6 @@ from jaxdiff.solvers.tableau import Tableau
 
 # Which axis of what `sample` returns is the batch.
 _BATCH_AXIS = {"final": 0, "trajectory": 1, "nodes": 1, "x0": 1}
-
-
-def mesh(**axes: int) -> Mesh:
-    """A device mesh with the given axes in order, for example `mesh(data=4, fsdp=2)`.
-
-    One size may be -1: what is left of the devices. No argument is `mesh(data=-1)`. The axes have
-    type `Auto`: JAX's own default since 0.7, `Explicit`, breaks ordinary Flax modules. Raises
-    ValueError if the sizes do not multiply to the number of devices.
-    """
-    axes = axes or {"data": -1}
-    count, sizes = jax.device_count(), list(axes.values())
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != count:
-        raise ValueError(
-            f"the mesh axes {axes} must be positive (one may be -1) and multiply to the {count} "
-            "devices"
-        )
-    return jax.make_mesh(tuple(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def sharded(sample: Callable, mesh: Mesh, axis: str | tuple[str, ...] = "data") -> Callable:
