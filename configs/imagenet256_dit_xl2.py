@@ -18,8 +18,8 @@ without guidance after 400,000.
 Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), section 4 and table 4, and its
 repository's train.py: batches of 256, AdamW at 1e-4, constant, no weight decay, label dropout 10%, EMA
 0.9999, betas 1e-4 to 0.02, 1000 steps, the mean error of the noise. What differs: no learned variance
-(674.8M parameters with it, 674.8M - 18K without), t is drawn in [0, 999], not only at integers, and
-the sampler has the fixed smaller variance.
+(and its 18,448 parameters), t is drawn in [0, 999], not only at integers, and the sampler has the
+fixed smaller variance.
 
 On a laptop: --config configs/imagenet256_dit_xl2.py:laptop trains a small network of the same kind on
 scikit-learn's digits; it shows that everything works, and has no expected figure.

@@ -21,7 +21,10 @@ def _process_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(parser: argparse.ArgumentParser) -> None:
     _process_arguments(parser)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE",
+        help="a file with get_config(); FILE:laptop calls get_config('laptop'), a small size",
+    )  # fmt: skip
     parser.add_argument(
         "--workdir", required=True, metavar="DIR",
         help="the folder of the run; an unfinished run of the same configuration is continued",

@@ -143,12 +143,6 @@ def differences(workdir: Path, other: Path, rtol: float = 0.0) -> list[str]:
     return found
 
 
-def largest_gap(workdir: Path, other: Path) -> float:
-    """Of the arrays of the last states of two runs, see `gap`."""
-    a, b = (_arrays(path) for path in (workdir, other))
-    return max(gap(a[key], b[key]) for key in a)
-
-
 def gap(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference over the largest magnitude; infinite if other than numbers differ."""
     if np.array_equal(a, b):

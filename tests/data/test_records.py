@@ -72,6 +72,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path, latents):
 
     refuses(ValueError, r"must be one of \['uint8', 'float16', 'float32'\], got 'int8'", dtype="int8")
     refuses(ValueError, "shards must be from 1 to 11, the examples, got 12", shards=12)
+    refuses(ValueError, "threads must be at least 1, got 0", dtype="float32", threads=0)
     refuses(ValueError, r"example 0 must be within \[-1, 1\] to be stored as bytes")
     wide = data.arrays({"x": np.array([[1.0], [7e4]])}, label_key=None, bounds=None)
     refuses(ValueError, "example 1 is not finite in float16", wide, dtype="float16")
