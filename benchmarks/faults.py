@@ -3,14 +3,15 @@
     python benchmarks/faults.py           # about 20 minutes; writes results/faults.json
 
 Every trial is the tiny run of the tests (an MLP on points in the plane, 8 simulated devices, 400
-steps, a checkpoint every 40) in a folder of its own. A process of the real command line gets SIGKILL
-or SIGTERM at an instant drawn uniformly from the time between the making of its folder and the end
-of an undisturbed process (again, if this one has ended by then); then the same command runs again until it is finished. Compared, bit for
-bit: every array of the last checkpoint and of the best one (parameters, optimiser, averages, step,
-key), the lines of metrics.jsonl and evaluations.jsonl, the final figures, and the steps in best/ and
-ema/. Three instants that a draw may miss are also chosen: while the first step is compiled, while a
-checkpoint is written, and between two checkpoints. The last trial goes on with fewer devices each
-time, and is compared to rounding.
+steps, a checkpoint every 40) in a folder of its own. A process of the real command line gets
+SIGKILL or SIGTERM at an instant drawn uniformly from the time between the making of its folder and
+the end of an undisturbed process (again, if this one has ended by then); then the same command runs
+again until it is finished. Compared, bit for bit: every array of the last checkpoint and of the
+best one (parameters, optimiser, averages, step, key), the lines of metrics.jsonl and
+evaluations.jsonl, the final figures, and the steps in best/ and ema/. Three instants that a draw
+may miss are also chosen: while the first step is compiled, while a checkpoint is written, and
+between two checkpoints. The last trial goes on with fewer devices each time, and is compared to
+rounding.
 """
 
 import argparse
