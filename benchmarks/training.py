@@ -6,8 +6,9 @@ and without rematerialisation.
 DIR is a checkout of github.com/AshishKumar4/FlaxDiff, which needs clu, termcolor, einops and requests.
 Writes results/training.json. The hand-written loop trains the same network on the same batch with the
 same optimiser, clipping, warm-up, average and metrics; it draws its noise from one key and knows
-nothing of configurations. Run times are ratios over interleaved pairs in one run. What needs a GPU
-says "not measured yet" until it is run on one.
+nothing of configurations. FlaxDiff's step donates its batch, which is put on the device anew in each
+of its steps. Run times are ratios over interleaved pairs in one run. What needs a GPU says "not
+measured yet", and has no code yet.
 """
 
 import argparse

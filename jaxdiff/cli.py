@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn
         try:
             code = _run(arguments)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             print("\njaxdiff: interrupted", file=sys.stderr)
+            if not isinstance(interruption, _Stopped):
+                _abandon(130)
             return 130
         except Exception:
             _abandon(1, traceback.format_exc())
@@ -40,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+class _Stopped(KeyboardInterrupt):
+    """After a Ctrl-C that all processes have answered: nobody waits for this one."""
+
+
 def _run(arguments: argparse.Namespace) -> int:
     try:
+        _check_workdir(arguments.workdir)
         _use_compilation_cache()
         _join_processes(arguments)
         work = _COMMANDS[arguments.command].prepare(arguments)
@@ -64,6 +71,14 @@ def _report(error: Exception, code: int, debug: bool) -> int:
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     print(f"jaxdiff: error: {message}", file=sys.stderr)
     return code
+
+
+def _check_workdir(workdir: str) -> None:
+    if "://" in workdir:
+        raise ValueError(
+            f"--workdir must be a path, got {workdir!r}: mount the bucket, and name the folder "
+            "there (docs/pods.md)"
+        )
 
 
 def _use_compilation_cache() -> None:
@@ -91,9 +106,10 @@ def _join_processes(arguments: argparse.Namespace) -> None:
 
 def _abandon(code: int, words: str = "") -> None:
     """After a failure, end at once if there are other processes."""
-    from jaxdiff.parallel import abandon
+    if "jaxdiff.parallel" in sys.modules:  # else there are none, and its import takes a second
+        from jaxdiff.parallel import abandon
 
-    abandon(code, words)
+        abandon(code, words)
 
 
 def _print(*text: Any, **options: Any) -> None:
@@ -141,7 +157,7 @@ def _train(plan: Any, workdir: Path, progress: bool, profile: Any) -> None:
     if step < steps:
         _print(f"stopped and saved at step {step} of {steps}; the same command again goes on there")
         if signals.received == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise _Stopped
         return
     figures = final_report(plan.experiment, state, plan.source, workdir, progress)
     _print(json.dumps(figures, indent=2))
@@ -248,9 +264,12 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(experiment, tableau, sampler options): the run's own, with the command line's on top."""
     from jaxdiff.experiment import check_seed, is_stored, make_tableau, sampler
     from jaxdiff.solvers import own_grid
+    from jaxdiff.training.reconstruction import check_reconstruction
     from jaxdiff.training.run import read_experiment
 
     experiment = read_experiment(arguments.workdir)
+    if arguments.ema is not None:
+        check_reconstruction(experiment, arguments.ema)
     settings = experiment.config.sample
     options = sampler(experiment.config) | {
         "seed": settings.seed, "guidance": settings.guidance, "batch_size": settings.batch_size,

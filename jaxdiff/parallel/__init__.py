@@ -24,7 +24,16 @@ from jaxdiff.parallel.meshes import (
     shards,
     split_batch,
 )
-from jaxdiff.parallel.processes import abandon, agreed, barrier, gather, initialize, is_main
+from jaxdiff.parallel.processes import (
+    abandon,
+    agreed,
+    barrier,
+    everywhere,
+    gather,
+    initialize,
+    is_main,
+    same,
+)
 from jaxdiff.parallel.rules import follow, partition
 from jaxdiff.parallel.sampling import sharded
 
@@ -33,6 +42,7 @@ __all__ = [
     "agreed",
     "barrier",
     "batch_sharding",
+    "everywhere",
     "follow",
     "gather",
     "initialize",
@@ -42,6 +52,7 @@ __all__ = [
     "mesh_of",
     "partition",
     "put_batch",
+    "same",
     "sharded",
     "shards",
     "split_batch",

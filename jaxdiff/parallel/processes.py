@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import warnings
+import zlib
 from typing import Any
 
 import jax
@@ -141,6 +142,22 @@ def agreed(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether it holds in every process; all get the same answer."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.int32(condition)).all())
+
+
+def same(what: str, text: str) -> None:
+    """Raise ValueError, in every process, unless all of them give the same text."""
+    if jax.process_count() == 1:
+        return
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+    if (sums != sums[0]).any():
+        raise ValueError(f"the processes differ in {what}; this one has {text[:200]}")
 
 
 def gather(array: jax.Array) -> np.ndarray:

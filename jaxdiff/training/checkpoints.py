@@ -1,5 +1,6 @@
 """Checkpoints: the only module that knows orbax."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -33,8 +34,9 @@ class Checkpoints:
     is put into it, so that later damage, or half a copy, is noticed before it is used.
 
     With several processes the folder is on a file system that all of them see, all of them call every
-    method but `steps`, and all of them get the same answer: process 0 looks at the folder and at the
-    lists, and a checkpoint that one process cannot read is used by none.
+    method but `steps` and `problem`, and all of them get the same answer: process 0 looks at the
+    folder and at the lists, and what it finds damaged is used by none. A process that fails to read
+    what was found undamaged raises, and the run ends.
 
     Arguments:
       folder: where they are; made by the first save.
@@ -102,7 +104,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._saving = step
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop),
+            state=ocp.args.StandardSave(state),
+            loop=ocp.args.JsonSave(copy.deepcopy(loop)),  # written later, when the caller goes on
             config=ocp.args.JsonSave(self._config),
         )  # fmt: skip
         # Forced: when to save is the caller's to decide, and orbax would pass over a step in silence.
@@ -126,8 +129,9 @@ class Checkpoints:
                 try:
                     found = self._read(step, like)
                 except Exception as error:  # orbax, tensorstore and json each raise their own
+                    if jax.process_count() > 1:
+                        raise  # the others wait for this one within orbax, and cannot be told
                     problem = _first_line(error)
-                problem = _anywhere(problem)
             if not problem:
                 return found.state, found.loop, step
             damage.append(f"checkpoint {step} cannot be read: {problem}")

@@ -107,16 +107,18 @@ def train(
                 if profile:
                     profile.after(step - start, metrics, meter)
 
-                log = step % settings.log_every == 0 or step == settings.steps
-                if log:
-                    jax.block_until_ready(state)  # processes talk while no step is running
-                stopping = stop(step)
-                due = step % settings.checkpoint_every == 0
-                save = due or stopping or step == settings.steps
+                last = step == settings.steps
+                log = last or step % settings.log_every == 0
+                due = last or step % settings.checkpoint_every == 0
                 milestone = milestones.due(step)
+                pictures = settings.sample_every and step % settings.sample_every == 0
+                if log or due or milestone or pictures:
+                    jax.block_until_ready(state)  # processes talk while no step is running
+                stopping = not last and stop(step)
+                save = due or stopping
                 if log or save or milestone:
                     # Reading waits for the device, so it is done for many steps at once.
-                    pending += _finite(jax.device_get(unread), step)
+                    pending = [*pending, *_finite(jax.device_get(unread), step)]
                     unread = []
                     meter.lap("device")
                 if log:
@@ -138,13 +140,14 @@ def train(
                     break
                 if milestone:
                     milestones(step, state, position)
-                pictures = settings.sample_every and step % settings.sample_every == 0
                 if hook and pictures:
                     hook(experiment, state)
                 meter.lap("evaluating" if milestone or pictures else "other")
             if is_main() and progress:
                 tqdm.write(sentence(meter.total(), devices[0].device_kind), file=sys.stderr)
         finally:
+            if profile:
+                profile.close()
             for writer in {*writers, *timings}:
                 writer.close()
     return state

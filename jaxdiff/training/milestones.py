@@ -2,11 +2,13 @@
 pictures, and the best checkpoint."""
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdiff.config import to_dict
 from jaxdiff.evaluation import HIGHER_IS_BETTER
 from jaxdiff.parallel import agreed, is_main
 from jaxdiff.training.checkpoints import Checkpoints
@@ -42,7 +44,7 @@ class Milestones:
         earlier = [json.loads(line) for line in lines]
         self._evaluated = {found["step"] for found in earlier}
         scores = [self._score(found.get("figures", ())) for found in earlier]
-        self._best = min((score for score in scores if score is not None), default=None)
+        self._best = min((score for score in scores if _is_finite(score)), default=None)
 
     def due(self, step: int) -> bool:
         """Whether the call after this step has anything to do."""
@@ -78,10 +80,10 @@ class Milestones:
             self._write(step, {"error": str(error)})
             return
         score = self._score(found)
-        better = score is not None and (self._best is None or score < self._best)
+        better = _is_finite(score) and (self._best is None or score < self._best)
         if agreed(better):
             self._best = score
-            with Checkpoints(self._workdir / BEST, keep=1, config=self._config.to_dict()) as best:
+            with Checkpoints(self._workdir / BEST, keep=1, config=to_dict(self._config)) as best:
                 best.discard_after(step - 1)  # an earlier attempt may have been here
                 best.save(step, state, dict(position))
         self._write(step, {"figures": found})
@@ -99,3 +101,7 @@ class Milestones:
             return None
         sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
         return min(sign * one[metric] for one in found)
+
+
+def _is_finite(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)

@@ -53,8 +53,14 @@ class Profile:
             return
         end = meter.spent()
         spent = {name: end[name] - value for name, value in self._begin.items()}
-        jax.profiler.stop_trace()
+        self.close()
         meter.lap("other")
         if is_main():
             found = {"steps": spent["steps"], "milliseconds_a_step": breakdown(spent)}
             write_text(self._folder / BREAKDOWN, json.dumps(found, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Write the trace, if one is being made: also of a run that stops in the middle of it."""
+        if self._begin is not None:
+            self._begin = None
+            jax.profiler.stop_trace()

@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxdiff.experiment import Experiment
+from jaxdiff.parallel import agreed, is_main
 from jaxdiff.training import ema
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.run import SNAPSHOTS
 from jaxdiff.training.state import State
+
+
+def check_reconstruction(experiment: Experiment, sigma_rel: float) -> None:
+    """Raise ValueError for a length that no profile has, and for a run without
+    config.train.ema_lengths."""
+    ema.check_length("the length of an average", sigma_rel)
+    if not experiment.config.train.ema_lengths:
+        raise ValueError(
+            "this run tracked no power-function averages (config.train.ema_lengths is empty): it "
+            "only has its classical one"
+        )
 
 
 def reconstruct(
@@ -18,29 +30,20 @@ def reconstruct(
     """(weights, error) of the power-function average of length `sigma_rel` at the state's step.
 
     Made of the snapshots up to that step in the run's folder and of the averages in the state
-    itself; `error` is that of `jaxdiff.training.ema.fit`. A snapshot that cannot be read is left
-    out with a warning. Raises ValueError for a length that no profile has, and for a run without
-    config.train.ema_lengths.
+    itself; `error` is that of `jaxdiff.training.ema.fit`. A snapshot that is damaged is left out
+    with a warning. All processes call it together. Raises ValueError as `check_reconstruction`.
     """
-    ema.check_length("the length of an average", sigma_rel)
+    check_reconstruction(experiment, sigma_rel)
     lengths = experiment.config.train.ema_lengths
-    if not lengths:
-        raise ValueError(
-            "this run tracked no power-function averages (config.train.ema_lengths is empty): it "
-            "only has its classical one"
-        )
     last = int(state.step)
     if last < 1:
         raise ValueError("there is no average before the first step")
     snapshots = Checkpoints(Path(workdir) / SNAPSHOTS)
-    steps = []
-    for step in snapshots.steps():
-        problem = snapshots.problem(step) if step < last else ""
-        if problem:
-            warnings.warn(f"the snapshot of step {step} is left out: {problem}", stacklevel=2)
-        elif step < last:
-            steps.append(step)
-    found = ema.fit(
+    # Processes load together, so all go by what process 0 found.
+    found = _whole(snapshots, last) if is_main() else []
+    count = agreed(len(found))
+    steps = [agreed(step) for step in (found if is_main() else [0] * count)]
+    fit = ema.fit(
         [step for step in [*steps, last] for _ in lengths], [*lengths] * (len(steps) + 1),
         last, sigma_rel,
     )  # fmt: skip
@@ -50,4 +53,16 @@ def reconstruct(
             yield from snapshots.load(step, state.ema_tracks)
         yield from state.ema_tracks
 
-    return ema.combine(found.coefficients, trees()), found.error
+    return ema.combine(fit.coefficients, trees()), fit.error
+
+
+def _whole(snapshots: Checkpoints, last: int) -> list[int]:
+    """The snapshots before the step `last` whose files are as they were written."""
+    steps = []
+    for step in snapshots.steps():
+        problem = snapshots.problem(step) if step < last else ""
+        if problem:
+            warnings.warn(f"the snapshot of step {step} is left out: {problem}", stacklevel=3)
+        elif step < last:
+            steps.append(step)
+    return steps

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ PICTURES = "samples"
 THROUGHPUT = "throughput.jsonl"
 PROFILE = "profile"
 
+_PATIENCE = 60.0  # seconds until a shared disk shows what another process wrote
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -57,12 +60,18 @@ class Plan:
 def prepare(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
     """Build and check everything a run needs, on all devices or those given.
 
-    Raises ValueError, TypeError, FileNotFoundError, ImportError."""
+    All processes call it together, and get a ValueError if their configurations or data differ.
+    Raises ValueError, TypeError, FileNotFoundError, ImportError.
+    """
     config = configuration.complete(config, SECTIONS)  # it may have been changed since
+    for section, values in sorted(configuration.to_dict(config).items()):
+        parallel.same(f"config.{section}", json.dumps(values, sort_keys=True))
     settings = config.train
     if settings.tensorboard:
         require_tensorboard()
     source = make_source(config)
+    data = {"count": len(source), "shape": source.shape, "num_classes": source.num_classes}
+    parallel.same("their data", json.dumps(data))
     experiment = make_experiment(config, source.shape, source.num_classes)
     check_evaluation(experiment)
     ema.check(settings)
@@ -83,10 +92,12 @@ def open_run(experiment: Experiment, workdir: Path) -> None:
     """Make the folder of a run, or check that it holds a run of the same configuration.
 
     What `jaxdiff.training.continuing` lists may differ, and is told by a warning: the mesh, say,
-    changes where a run happens, and its numbers by rounding alone.
+    changes where a run happens, and its numbers by rounding alone. Raises FileNotFoundError, in
+    every process, if one of them does not see the folder of the others.
     """
     config = experiment.config
     if parallel.agreed((workdir / CONFIG).exists()):
+        _check_shared(workdir)
         allowed, refused = changes(configuration.read(workdir / CONFIG, SECTIONS), config)
         if refused:
             listed = "\n  ".join(refused)
@@ -113,6 +124,17 @@ def open_run(experiment: Experiment, workdir: Path) -> None:
         write_text(workdir / DATA, json.dumps(shape) + "\n")
         configuration.write(workdir / CONFIG, config)
     parallel.barrier("the workdir was made")
+    _check_shared(workdir)
+
+
+def _check_shared(workdir: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    while not (seen := (workdir / CONFIG).exists()) and time.monotonic() < end:
+        time.sleep(0.5)
+    if not parallel.everywhere(seen):
+        raise FileNotFoundError(
+            f"the workdir {str(workdir)!r} is not on a disk that all processes see"
+        )
 
 
 def is_finished(experiment: Experiment, workdir: Path) -> bool:

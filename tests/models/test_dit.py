@@ -237,5 +237,5 @@ def test_images_come_in_four_dimensions_and_are_no_condition():
     with pytest.raises(ValueError, match=r"got shape \(4, 4, 1\)"):
         module.init(jax.random.key(0), jnp.zeros((4, 4, 1)), 0.0)
     x = jnp.zeros((1, 4, 4, 1))
-    with pytest.raises(ValueError, match=r"keys \['image'\]; this network takes \['label'\]"):
+    with pytest.raises(ValueError, match=r"keys \['image'\]; this network takes \['label', 'augment'\]"):
         module.init(jax.random.key(0), x, 0.0, {"image": x})

@@ -117,16 +117,27 @@ def test_half_a_copy_gives_way_to_the_one_before(folder, eight):
     assert "checkpoint 8 cannot be read: files.json" in messages[1]
 
 
-def test_what_one_of_several_processes_cannot_read_is_used_by_none(folder, eight, monkeypatch):
+def test_what_process_0_finds_damaged_is_used_by_none(folder, eight, monkeypatch):
     def gather(value):
-        """Another process, which can read only the oldest."""
+        """Process 0, which finds the newest damaged."""
         calls.append(value)
-        return np.array([value, len(calls) == 2])
+        return np.array([len(calls) == 1, value])
 
     calls = []
     monkeypatch.setattr(checkpoints.multihost_utils, "process_allgather", gather)
     with Checkpoints(folder) as found, pytest.warns(UserWarning, match="9 .*another process"):
         assert found.restore(like(eight))[2] == 8
+
+
+def test_what_is_saved_is_what_was_given(tmp_path, eight):
+    """orbax writes it later, when the loop has gone on."""
+    position = {"data": {"next": 3}, "pending": [{"loss": 1.0}]}
+    with Checkpoints(tmp_path) as found:
+        found.save(3, jax.device_put(tree(3), on(eight)), position)
+        position["pending"].append({"loss": 2.0})
+        position["data"]["next"] = 4
+    with Checkpoints(tmp_path) as found:
+        assert found.restore(like(eight))[1] == {"data": {"next": 3}, "pending": [{"loss": 1.0}]}
 
 
 def test_a_save_that_failed_raises_and_leaves_no_checkpoint(folder, eight, monkeypatch):

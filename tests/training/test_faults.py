@@ -108,11 +108,16 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(
     assert runs.differences(workdir, whole, rtol=1e-4) == []
 
 
-def test_an_interrupt_saves_and_its_exit_code_tells(config_file, cache, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_saves_and_its_exit_code_tells(
+    config_file, cache, tmp_path, monkeypatch, capsys, request
+):
     def interrupt(rows, experiment, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+    # As in a terminal: where the tests run in the background, it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(loop, "check_batch", interrupt)
     arguments = ["train", "--config", config_file, "--workdir", str(tmp_path / "run"), "--quiet"]
     assert main(arguments) == 130  # so that `train && evaluate` goes no further

@@ -76,7 +76,8 @@ def test_a_run_that_was_killed_leaves_the_same_and_nothing_twice(whole, tmp_path
         train(plan, tmp_path / "run", killed, progress=False)  # after step 8; saved at 6
     assert [line["step"] for line in lines(tmp_path / "run", "evaluations.jsonl")] == [4, 8]
     assert int(restore(plan.experiment, tmp_path / "run").step) == 6
-    state = train(plan, tmp_path / "run", progress=False)
+    # A stop that is asked for in the last step finds nothing to stop, and leaves nothing out.
+    state = train(plan, tmp_path / "run", progress=False, stop=lambda step: step == 12)
     assert_equal(state, expected)
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert lines(tmp_path / "run", name) == lines(uninterrupted, name)
@@ -221,7 +222,7 @@ def test_the_command_line_makes_an_average_of_any_length(whole, tmp_path, capsys
     assert main(arguments) == 0  # config.evaluate.ema is 0.1
     np.testing.assert_allclose(np.load(tmp_path / "x.npz")["x"], same, atol=1e-4)
     assert np.abs(other - same).max() > 1e-4
-    assert main([*arguments, "--ema", "0.9"]) == 1
+    assert main([*arguments, "--ema", "0.9"]) == 2
     assert "at most 1 / sqrt(12)" in capsys.readouterr().err
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # only best/ is left
