@@ -35,8 +35,7 @@ class Checkpoints:
 
     With several processes the folder is on a file system that all of them see, all of them call every
     method but `steps` and `problem`, and all of them get the same answer: process 0 looks at the
-    folder and at the lists, and what it finds damaged is used by none. A process that fails to read
-    what was found undamaged raises, and the run ends.
+    folder and at the lists, and what it finds damaged is used by none.
 
     Arguments:
       folder: where they are; made by the first save.
@@ -115,30 +114,28 @@ class Checkpoints:
         """(state, loop, step) of the newest checkpoint that can be read.
 
         `like` holds the `jax.ShapeDtypeStruct`s wanted, with their shardings: those of any mesh,
-        whatever mesh the state was saved from. A checkpoint that cannot be read is passed over with
-        a warning that names it. Raises FileNotFoundError if there is none, ValueError if none can be
-        read.
+        whatever mesh the state was saved from. A damaged checkpoint is passed over with a warning
+        that names it. Raises FileNotFoundError if there is none, ValueError if all are damaged, or
+        if the one to use is whole and cannot be read all the same (say, as it holds another state).
         """
         damage: list[str] = []
         step = self.latest()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {str(self._folder)!r}")
-        while step is not None:
-            problem = _anywhere(self.problem(step) if jax.process_index() == 0 else "")
-            if not problem:
-                try:
-                    found = self._read(step, like)
-                except Exception as error:  # orbax, tensorstore and json each raise their own
-                    if jax.process_count() > 1:
-                        raise  # the others wait for this one within orbax, and cannot be told
-                    problem = _first_line(error)
-            if not problem:
-                return found.state, found.loop, step
+        while problem := _anywhere(self.problem(step) if jax.process_index() == 0 else ""):
             damage.append(f"checkpoint {step} cannot be read: {problem}")
             step = self._newest(below=step)
-            if step is not None:
-                warnings.warn(f"{damage[-1]}; trying an older one", stacklevel=2)
-        raise ValueError(f"{str(self._folder)!r}: {'; '.join(damage)}")
+            if step is None:
+                raise ValueError(f"{str(self._folder)!r}: {'; '.join(damage)}")
+            warnings.warn(f"{damage[-1]}; trying an older one", stacklevel=2)
+        try:
+            found = self._read(step, like)
+        except Exception as error:  # orbax, tensorstore and json each raise their own
+            raise ValueError(
+                f"checkpoint {step} in {str(self._folder)!r} is whole, but cannot be read: "
+                f"{_first_line(error)}"
+            ) from error
+        return found.state, found.loop, step
 
     def load(self, step: int, like: Any) -> Any:
         """The state of one checkpoint, whose files were looked at before (`problem`)."""
@@ -158,7 +155,7 @@ class Checkpoints:
         return ""
 
     def discard_after(self, step: int) -> None:
-        """Remove checkpoints newer than `step`: those that `restore` could not read."""
+        """Remove checkpoints newer than `step`: those that `restore` found damaged."""
         if jax.process_index() == 0:
             for newer in self.steps():
                 if newer > step:

@@ -117,6 +117,13 @@ def test_half_a_copy_gives_way_to_the_one_before(folder, eight):
     assert "checkpoint 8 cannot be read: files.json" in messages[1]
 
 
+def test_a_whole_checkpoint_of_another_state_is_an_error_and_stays(folder, eight):
+    with Checkpoints(folder) as found:
+        with pytest.raises(ValueError, match="checkpoint 9 in .* is whole, but cannot be read: "):
+            found.restore(like(eight) | {"more": like(eight)["bias"]})
+        assert found.latest() == 9
+
+
 def test_what_process_0_finds_damaged_is_used_by_none(folder, eight, monkeypatch):
     def gather(value):
         """Process 0, which finds the newest damaged."""
