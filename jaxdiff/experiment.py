@@ -5,6 +5,7 @@ exactly the process, network and shape of data it was trained with.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,12 +183,32 @@ def make_experiment(
         )
     dtype = jnp.dtype(settings.dtype)
     extra = {"num_classes": classes, "dtype": dtype} | _augment_dim(config, shape)
-    module = _call(SECTIONS["model"].choices, config.model, **extra)
+    module = _with_attention(_call(SECTIONS["model"].choices, config.model, **extra), settings)
     experiment = Experiment(config, process, module, tuple(shape), classes)
     _check_output(experiment)
     experiment.check_guidance(config.sample.guidance)
     experiment.check_sampler(make_tableau(process, **sampler(config)), config.sample.guidance)
     return experiment
+
+
+def _with_attention(module: nn.Module, settings: ConfigDict) -> nn.Module:
+    """The network with the attention that the denoiser section names."""
+    if settings.attention not in ("xla", "cudnn"):
+        raise ValueError(
+            f"config.denoiser.attention must be 'xla' or 'cudnn', got {settings.attention!r}"
+        )
+    if settings.attention == "xla":
+        return module
+    if not hasattr(module, "attention") or settings.dtype == "float32":
+        raise ValueError(
+            "config.denoiser.attention 'cudnn' needs a network with attention and "
+            "config.denoiser.dtype 'bfloat16' or 'float16', got a "
+            f"{type(module).__name__} in {settings.dtype}"
+        )
+    if jax.default_backend() != "gpu":
+        return module
+    flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return module.clone(attention=flash)
 
 
 def _augment_dim(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:

@@ -13,7 +13,9 @@ class DenoiserSettings:
     """What the network predicts, and how it is called.
 
     `conditional` uses the data's labels; `precondition` wraps the network in EDM's preconditioning
-    with `sigma_data`, and then the prediction is "x0"; `dtype` is the network's.
+    with `sigma_data`, and then the prediction is "x0"; `dtype` is the network's. `attention` is
+    "xla", or "cudnn": flash attention of cuDNN for bfloat16 and float16 networks on GPUs, whose
+    memory does not grow with the square of the tokens (on other devices XLA's is used).
     """
 
     prediction: str = "v"
@@ -21,6 +23,7 @@ class DenoiserSettings:
     precondition: bool = False
     sigma_data: float = 0.5
     dtype: str = "float32"
+    attention: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True)

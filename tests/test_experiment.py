@@ -7,6 +7,7 @@ from tiny_run import tiny_config
 
 from jaxdiff import config as configuration
 from jaxdiff import evaluation, processes
+from jaxdiff import experiment as experiments
 from jaxdiff.data import arrays
 from jaxdiff.experiment import Experiment, make_experiment, make_source, make_tableau, sampler
 from jaxdiff.generation import generate
@@ -205,6 +206,23 @@ def test_augmentation_needs_images_and_a_network_for_them():
         make_experiment(image_config(augment=augment, model=model), (8, 8, 1), 10)
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 2.0"):
         make_experiment(image_config(augment={"probability": 2.0}), (8, 8, 1), 10)
+
+
+def test_flash_attention_is_that_of_gpus(monkeypatch):
+    def module(**denoiser):
+        config = image_config(denoiser={"dtype": "bfloat16", "attention": "cudnn"} | denoiser)
+        return make_experiment(config, (8, 8, 1), 10).module
+
+    assert module().attention is jax.nn.dot_product_attention  # here are none
+    monkeypatch.setattr(experiments.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(experiments, "_check_output", lambda experiment: None)
+    monkeypatch.setattr(Experiment, "check_sampler", lambda *arguments: None)
+    assert module().attention.keywords == {"implementation": "cudnn"}
+    assert module(attention="xla").attention is jax.nn.dot_product_attention
+    with pytest.raises(ValueError, match="attention must be 'xla' or 'cudnn', got 'flash'"):
+        module(attention="flash")
+    with pytest.raises(ValueError, match="'bfloat16' or 'float16', got a DiT in float32"):
+        module(dtype="float32")
 
 
 @pytest.mark.parametrize("model", [{"label_dropout": 0.0}, {}])

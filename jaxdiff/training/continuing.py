@@ -12,7 +12,9 @@ SAME_BITS = (
 )  # fmt: skip
 # These only change the order of sums. A network's own dropout is drawn for each micro-batch, so
 # with it `accumulate` has to stay.
-SAME_TO_ROUNDING = ("config.mesh", "config.model.remat", "config.train.accumulate")
+SAME_TO_ROUNDING = (
+    "config.mesh", "config.model.remat", "config.train.accumulate", "config.denoiser.attention",
+)  # fmt: skip
 
 
 def changes(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]:
