@@ -149,12 +149,16 @@ def _train(plan: Any, workdir: Path, progress: bool, profile: Any) -> None:
         return
 
     def hook(experiment, state):
-        draw_picture(experiment, averaged(experiment, state), workdir / SAMPLES)
+        try:
+            draw_picture(experiment, averaged(experiment, state), workdir / SAMPLES)
+        except FloatingPointError as error:  # bad samples are no reason to stop training
+            warnings.warn(f"step {int(state.step)}: no picture: {error}", stacklevel=2)
 
     with Signals(plan.experiment.config.train.log_every) as signals:
         state = train(plan, workdir, hook, progress, signals.stop, profile)
-    step, steps = int(state.step), plan.experiment.config.train.steps
-    if step < steps:
+        step, steps = int(state.step), plan.experiment.config.train.steps
+        stopped = step < steps or signals.stop(0)  # also one that came in the last step
+    if stopped:
         _print(f"stopped and saved at step {step} of {steps}; the same command again goes on there")
         if signals.received == signal.SIGINT:
             raise _Stopped

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny_run import write_config
 
+from jaxdiff import cli
 from jaxdiff.cli import main
 
 
@@ -171,6 +172,12 @@ def test_evaluate_repeats_the_figures_of_the_run(moved, tmp_path, capsys):
         (["train", "--config", "{config}", "--workdir", "w",
           "--config.sample.options={'eta': 'abc'}"],
          ["'ddim'", "eta", "'abc'"]),
+        (["train", "--config", "{config}", "--workdir", "gs://bucket/run"],
+         ["--workdir must be a path", "'gs://bucket/run'", "docs/pods.md"]),
+        (["evaluate", "--workdir", "gs://bucket/run"], ["--workdir must be a path"]),
+        (["sample", "--workdir", "{run}", "--ema", "0.9"], ["at most 1 / sqrt(12)", "0.9"]),
+        (["sample", "--workdir", "{run}", "--ema", "0.1"], ["config.train.ema_lengths is empty"]),
+        (["evaluate", "--workdir", "{run}", "--ema", "0.1"], ["config.train.ema_lengths is empty"]),
         (["sample", "--workdir", "absent"], ["absent"]),
         (["sample", "--workdir", "{run}", "--seed", "99999999999999999999"],
          ["--seed", "0 to 4294967295", "99999999999999999999"]),
@@ -234,6 +241,25 @@ def test_an_arithmetic_error_is_reported(config_file, tmp_path, monkeypatch, cap
     monkeypatch.setattr("jaxdiff.training.run.prepare", divide)
     arguments = ["train", "--config", config_file, "--workdir", tmp_path / "run"]
     fails(capsys, arguments, 2, "division by zero")
+
+
+@pytest.mark.parametrize(
+    ("interruption", "ended"), [(KeyboardInterrupt, [130]), (cli._Stopped, [])]
+)
+def test_a_second_interrupt_does_not_leave_other_processes_waiting(
+    config_file, tmp_path, monkeypatch, capsys, interruption, ended
+):
+    """But one that all have answered, with everything saved, ends this one in the ordinary way."""
+
+    def interrupted(config):
+        raise interruption
+
+    codes = []
+    monkeypatch.setattr("jaxdiff.training.run.prepare", interrupted)
+    monkeypatch.setattr("jaxdiff.parallel.abandon", lambda code, words: codes.append(code))
+    arguments = ["train", "--config", config_file, "--workdir", tmp_path / "run"]
+    fails(capsys, arguments, 130, "interrupted")
+    assert codes == ended
 
 
 def test_data_with_nan_are_refused(config_file, tmp_path, capsys):

@@ -70,8 +70,8 @@ def prepare(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     if settings.tensorboard:
         require_tensorboard()
     source = make_source(config)
-    data = {"count": len(source), "shape": source.shape, "num_classes": source.num_classes}
-    parallel.same("their data", json.dumps(data))
+    found = f"{len(source)} examples of shape {source.shape}, classes: {source.num_classes}"
+    parallel.same("their data", found)
     experiment = make_experiment(config, source.shape, source.num_classes)
     check_evaluation(experiment)
     ema.check(settings)

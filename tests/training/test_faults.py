@@ -10,7 +10,7 @@ import pytest
 from tiny_run import write_config
 
 from jaxdiff.cli import main
-from jaxdiff.training import loop
+from jaxdiff.training import loop, report
 
 # Saves fall into the middle of a window of the log.
 TRAIN = [
@@ -108,18 +108,39 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(
     assert runs.differences(workdir, whole, rtol=1e-4) == []
 
 
+@pytest.mark.parametrize("at", [2, 12])
 def test_an_interrupt_saves_and_its_exit_code_tells(
-    config_file, cache, tmp_path, monkeypatch, capsys, request
+    at, config_file, cache, tmp_path, monkeypatch, capsys, request
 ):
     def interrupt(rows, experiment, step):
-        if step == 2:
+        if step == at:
             os.kill(os.getpid(), signal.SIGINT)
 
     # As in a terminal: where the tests run in the background, it is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(loop, "check_batch", interrupt)
-    arguments = ["train", "--config", config_file, "--workdir", str(tmp_path / "run"), "--quiet"]
+    workdir = tmp_path / "run"
+    arguments = ["train", "--config", config_file, "--workdir", str(workdir), "--quiet"]
     assert main(arguments) == 130  # so that `train && evaluate` goes no further
-    assert "stopped and saved at step 2 of 12" in capsys.readouterr().out
-    assert runs.saved(tmp_path / "run") == [2]
+    assert f"stopped and saved at step {at} of 12" in capsys.readouterr().out
+    assert runs.saved(workdir)[-1] == at
+    assert not (workdir / "metrics.json").exists()
+
+
+def test_samples_that_are_not_finite_do_not_stop_training(
+    config_file, cache, tmp_path, monkeypatch, capsys
+):
+    def draw(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise FloatingPointError("1 of 4 samples are not finite")
+        real(*arguments)
+
+    calls, real = [], report.draw_picture
+    monkeypatch.setattr(report, "draw_picture", draw)
+    workdir = tmp_path / "run"
+    arguments = ["train", "--config", config_file, "--workdir", str(workdir), "--quiet"]
+    assert main([*arguments, "--config.train.sample_every=6"]) == 0
+    assert "warning: step 6: no picture: 1 of 4 samples" in capsys.readouterr().err
+    assert len(calls) == 3 and (workdir / "samples.png").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import write_config
+from jax.experimental import multihost_utils
+from tiny_run import tiny_config, write_config
 
 from jaxdiff import config as configuration
 from jaxdiff import parallel
@@ -19,23 +21,41 @@ from jaxdiff.data import arrays, loader
 from jaxdiff.experiment import make_tableau, sampler
 from jaxdiff.generation import generate
 from jaxdiff.settings import SECTIONS
+from jaxdiff.training import ema, reconstruction, run
+from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.loop import train
+from jaxdiff.training.reconstruction import reconstruct
 from jaxdiff.training.run import prepare, restore
 
-OVERRIDES = ("--config.optimizer.eps=1e-3", "--config.train.sample_every=6")
+OVERRIDES = (
+    "--config.optimizer.eps=1e-3", "--config.train.sample_every=6", "--config.train.evaluate_every=5",
+    "--config.train.best_metric=sliced_wasserstein", "--config.train.ema_lengths=(0.05,0.1)",
+    "--config.train.ema_snapshots_every=4", "--config.train.prefetch=2",
+    "--config.train.checkpoint_every=5", "--config.train.keep=2",
+)  # fmt: skip
 # Every parameter is split over both processes, and each reads its half of the batch.
 MESH = ("--config.mesh.fsdp=8",)
 
 SCRIPT = """
 import sys
+import jax
+from jaxdiff import config as configuration
 from jaxdiff.cli import main
+from jaxdiff.settings import SECTIONS
+from jaxdiff.training.run import prepare
 config, workdir, out, *overrides = sys.argv[1:]
 codes = [
     main(["train", "--config", config, "--workdir", workdir, "--quiet", *overrides]),
     main(["train", "--config", config, "--workdir", workdir, "--quiet", *overrides]),
-    main(["sample", "--workdir", workdir, "--count", "6", "--output", out, "--quiet"]),
-    main(["evaluate", "--workdir", workdir, "--quiet"]),
+    main(["sample", "--workdir", workdir, "--count", "6", "--output", out, "--quiet", "--ema", "0.08"]),
+    main(["evaluate", "--workdir", workdir, "--quiet", "--best"]),
 ]
+other = configuration.load(config, SECTIONS)
+other.seed = jax.process_index()
+try:
+    prepare(other)
+except ValueError as error:
+    print("refused:", error, file=sys.stderr)
 sys.exit(max(codes))
 """
 
@@ -61,7 +81,7 @@ def start(number, port, arguments):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """(configuration file, workdir, what each process printed) of a run of two processes."""
+    """(configuration file, workdir, what each process printed, to both streams), two processes."""
     folder = tmp_path_factory.mktemp("processes")
     file, workdir = write_config(folder), folder / "run"
     port = free_port()
@@ -74,13 +94,13 @@ def both(tmp_path_factory):
             process.kill()
     for process, (_, errors) in zip(started, found, strict=True):
         assert process.returncode == 0, errors
-    return file, workdir, [out for out, _ in found]
+    return file, workdir, [out for out, _ in found], [errors for _, errors in found]
 
 
 @pytest.fixture(scope="module")
 def alone(both, tmp_path_factory):
     """(plan, workdir, last state) of the same run in one process, on one device."""
-    file, _, _ = both
+    file = both[0]
     config = configuration.override(configuration.load(file, SECTIONS), OVERRIDES)
     plan = prepare(config, jax.devices()[:1])
     workdir = tmp_path_factory.mktemp("alone") / "run"
@@ -91,7 +111,7 @@ def test_two_processes_end_where_one_does(both, alone):
     plan, _, expected = alone
     state = restore(plan.experiment, both[1])  # of two processes, read by one
     assert int(state.step) == int(expected.step) == 12
-    for name in ("params", "opt_state", "ema"):
+    for name in ("params", "opt_state", "ema", "ema_tracks"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
             getattr(state, name), getattr(expected, name),
@@ -111,23 +131,93 @@ def test_the_log_is_written_once_and_agrees(both, alone):
 def test_the_first_process_alone_prints(both):
     first, second = both[2]
     assert '"mmd"' in first and "is finished: 12 steps" in first and "6 samples" in first
-    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []
+    # Gloo's own lines, which two threads of it may write into one another.
+    ours = [line for line in second.splitlines() if not re.search("Gloo|peer ranks", line)]
+    assert "".join(ours).strip() == ""
 
 
-def test_samples_are_those_of_one_device(both, alone):
-    plan, _, state = alone
+def test_samples_of_an_average_of_any_length_are_those_of_one_device(both, alone):
+    plan, workdir, state = alone
+    for folder in (workdir, both[1]):
+        assert Checkpoints(folder / "ema").steps() == [4, 8, 12]
+    variables, _ = reconstruct(plan.experiment, workdir, state, 0.08)
     tableau = make_tableau(plan.experiment.process, **sampler(plan.experiment.config))
     labels = np.arange(6, dtype=np.int32) % 3
-    expected = generate(plan.experiment, state.ema, tableau, labels, 6, 0)
+    expected = generate(plan.experiment, variables, tableau, labels, 6, 0)
     with np.load(both[1].parent / "six.npz") as found:
         np.testing.assert_allclose(found["x"], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_figures_are_those_of_the_end_of_the_run(both):
-    end, again = (
-        json.loads((both[1] / name).read_text())["figures"] for name in ("metrics.json", "evaluate.json")
+def test_evaluations_on_the_way_are_those_of_one_device(both, alone):
+    one, two = (
+        [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
+        for workdir in (alone[1], both[1])
     )
-    assert end == again and end[0]["count"] == 24
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [5, 10]
+    for a, b in zip(one, two, strict=True):
+        (a,), (b,) = a["figures"], b["figures"]
+        assert a["count"] == 24 and a == pytest.approx(b, rel=1e-3)
+    best = json.loads((both[1] / "evaluate.json").read_text())
+    score = {line["step"]: line["figures"][0]["sliced_wasserstein"] for line in two}
+    assert best["step"] == min(score, key=score.get)  # not the newest, which is of step 12
+    assert best["figures"] == {line["step"]: line["figures"] for line in two}[best["step"]]
+
+
+def test_processes_of_different_configurations_are_refused(both):
+    for number, errors in enumerate(both[3]):
+        words = f"refused: the processes differ in config.seed; this one has {number}"
+        assert words in errors.splitlines()
+
+
+def test_every_section_and_the_data_are_compared(tmp_path, monkeypatch):
+    compared = []
+
+    def same(what, text):
+        compared.append(what)
+        if what == "their data":
+            assert "96 examples of shape (2,), classes: 3" in text
+            raise ValueError(f"the processes differ in {what}")
+
+    monkeypatch.setattr(parallel, "same", same)
+    with pytest.raises(ValueError, match="the processes differ in their data"):
+        prepare(tiny_config(tmp_path))
+    assert {"config.data", "config.train", "config.optimizer", "config.seed"} < set(compared)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_workdir_of_which_one_process_sees_nothing_is_refused(alone, tmp_path, monkeypatch, made):
+    plan, _, _ = alone
+    workdir = tmp_path / "run"
+    # Process 1 of two, on another disk than process 0, which has made the folder, or makes it now.
+    monkeypatch.setattr(run, "_PATIENCE", 0.0)
+    for name, value in (("agreed", made), ("barrier", None), ("is_main", False)):
+        monkeypatch.setattr(parallel, name, lambda *_, value=value: value)
+    with pytest.raises(FileNotFoundError, match="run' is not on a disk that all processes see"):
+        run.open_run(plan.experiment, workdir)
+    assert not workdir.exists()
+
+
+def test_everywhere_is_true_if_it_is_in_every_process(monkeypatch):
+    assert parallel.everywhere(True) and not parallel.everywhere(False)
+    parallel.same("nothing: there is one process", "a")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other, expected in ((1, True), (0, False)):
+        monkeypatch.setattr(
+            multihost_utils, "process_allgather", lambda mine, other=other: np.array([other, mine])
+        )
+        assert parallel.everywhere(True) is expected and not parallel.everywhere(False)
+
+
+def test_snapshots_are_those_that_process_0_found(alone, monkeypatch):
+    """As process 1 of two, which sees none: process 0 says that there is one, of step 4."""
+    plan, workdir, state = alone
+    said = iter([1, 4])
+    monkeypatch.setattr(reconstruction, "is_main", lambda: False)
+    monkeypatch.setattr(reconstruction, "agreed", lambda value: next(said))
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: [])
+    _, error = reconstruct(plan.experiment, workdir, state, 0.08)
+    assert error == ema.fit([4, 4, 12, 12], [0.05, 0.1] * 2, 12, 0.08).error
+    assert next(said, None) is None
 
 
 def test_blocks_and_rows_of_a_batch_are_the_batch():
