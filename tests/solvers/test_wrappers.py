@@ -22,7 +22,7 @@ def gaussian(process, mean=MEAN, std=STD, dim=3):
 def test_for_gaussian_data_the_analytic_first_step_changes_nothing(x64, process):
     """Of any sampler in the list, noisy ones included, but its evaluations: one less."""
     x = np.random.default_rng(0).normal(size=(4, 3))
-    for end in ("t_min", "zero")[: 1 if process is FLOW else 2]:  # flow is at sigma = 0 at t_min
+    for end in ("t_min", "zero")[: 2 if process is VP else 1]:  # flow is at sigma = 0 at t_min
         grid = jd.grids.power(process, 4, 2.0, end=end)
         tables = []
         for name, (entry, setting) in SETTINGS.items():
