@@ -20,6 +20,7 @@ def _process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxdiff train`."""
     _process_arguments(parser)
     parser.add_argument(
         "--config", required=True, metavar="FILE",
@@ -36,6 +37,7 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 
 def ablate(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxdiff ablate`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
     parser.add_argument(
         "--workdir", required=True, metavar="DIR",
@@ -71,6 +73,7 @@ def _sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sample(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxdiff sample`."""
     _sampler_arguments(parser)
     parser.add_argument(
         "--label", type=int, nargs="+", metavar="K", help="classes, in turn (default: all)"
@@ -83,6 +86,7 @@ def sample(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Of `jaxdiff evaluate`."""
     _sampler_arguments(parser)
     parser.add_argument("--count", type=int, help="samples (default: the run's)")
 

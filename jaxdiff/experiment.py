@@ -6,6 +6,7 @@ exactly the process, network and shape of data it was trained with.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,6 +207,10 @@ def _with_attention(module: nn.Module, settings: ConfigDict) -> nn.Module:
             f"{type(module).__name__} in {settings.dtype}"
         )
     if jax.default_backend() != "gpu":
+        warnings.warn(
+            "config.denoiser.attention 'cudnn' is for GPUs: XLA's attention is used on "
+            f"{jax.default_backend()!r}", stacklevel=3,
+        )  # fmt: skip
         return module
     flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return module.clone(attention=flash)
@@ -221,8 +226,11 @@ def _augment_dim(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
             "config.augment needs examples of shape [height, width, channels] of at least 2 x 2 "
             f"pixels, got {list(shape)}"
         )
-    if config.model.name == "mlp":
-        raise ValueError("config.augment needs a network for images, got config.model.name 'mlp'")
+    if not hasattr(SECTIONS["model"].choices[config.model.name], "augment_dim"):
+        raise ValueError(
+            "config.augment needs a network that is told of it, got config.model.name "
+            f"{config.model.name!r}"
+        )
     return {"augment_dim": count}
 
 

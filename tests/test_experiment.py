@@ -202,7 +202,7 @@ def test_augmentation_needs_images_and_a_network_for_them():
     with pytest.raises(ValueError, match=r"at least 2 x 2 pixels, got \[3\]"):
         make_experiment(image_config(augment=augment), (3,), 10)
     model = {"name": "mlp", "width": 8, "depth": 1}
-    with pytest.raises(ValueError, match="a network for images, got config.model.name 'mlp'"):
+    with pytest.raises(ValueError, match="a network that is told of it, got config.model.name 'mlp'"):
         make_experiment(image_config(augment=augment, model=model), (8, 8, 1), 10)
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 2.0"):
         make_experiment(image_config(augment={"probability": 2.0}), (8, 8, 1), 10)
@@ -213,7 +213,8 @@ def test_flash_attention_is_that_of_gpus(monkeypatch):
         config = image_config(denoiser={"dtype": "bfloat16", "attention": "cudnn"} | denoiser)
         return make_experiment(config, (8, 8, 1), 10).module
 
-    assert module().attention is jax.nn.dot_product_attention  # here are none
+    with pytest.warns(UserWarning, match="XLA's attention is used on 'cpu'"):
+        assert module().attention is jax.nn.dot_product_attention
     monkeypatch.setattr(experiments.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(experiments, "_check_output", lambda experiment: None)
     monkeypatch.setattr(Experiment, "check_sampler", lambda *arguments: None)

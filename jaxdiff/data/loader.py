@@ -27,8 +27,6 @@ def loader(
     seed: int,
     num_epochs: int | None = None,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
     flip: bool = False,
     threads: int = 0,
     rows: Int[np.ndarray, " rows"] | None = None,
@@ -37,9 +35,8 @@ def loader(
 
     The stream of examples is one permutation of the source after another, a new one each epoch.
     Global batch n is elements n * batch_size to (n + 1) * batch_size - 1 of it (it may span two
-    epochs, so nothing is left out in between); process p of P yields its p-th block of
-    batch_size / P elements. The blocks of all processes, in order, are therefore the batch that one
-    process would yield. What does not fill a last global batch is dropped.
+    epochs, so nothing is left out in between); each of several processes yields its own `rows` of
+    it. What does not fill a last global batch is dropped.
 
     `get_state()` is a small dict that counts batches; `set_state(state)` resumes at exactly the
     next one, under any number of processes. orbax saves and restores the iterator itself.
@@ -50,36 +47,27 @@ def loader(
       seed: 0 to 2**32 - 1; decides every permutation and every flip.
       num_epochs: passes over the source; None never ends.
       shuffle: False keeps the source's order in every epoch.
-      process_index, process_count: which block is ours; `jax.process_index()` and
-        `jax.process_count()` in a multi-host run.
       flip: mirror images left to right with probability 1/2, decided by the seed, the epoch and the
         example's index in the source.
-      rows: which elements of each global batch are ours, ascending, where they are not one of
-        process_count blocks; see `jaxdiff.parallel.local_rows`.
       threads: threads that read batches ahead; 0 reads on demand, best for data in memory.
+      rows: which elements of each global batch are ours, ascending; all by default. In a run of
+        several processes, `jaxdiff.parallel.local_rows`.
 
     Raises:
-      ValueError: an argument out of range, a batch_size that process_count does not divide, fewer
-        examples than one batch, or `flip` of examples that are not [height, width, channels].
+      ValueError: an argument out of range, fewer examples than one batch, or `flip` of examples that
+        are not [height, width, channels].
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, got {num_epochs}")
-    if process_count < 1 or not 0 <= process_index < process_count:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not rows.size or np.any(np.diff(rows) < 1) or not 0 <= rows[0] <= rows[-1] < batch_size:
         raise ValueError(
-            "process_index must be from 0 to process_count - 1, got process_index "
-            f"{process_index} of process_count {process_count}"
+            f"rows must be some of 0 to {batch_size - 1}, ascending, got {rows.tolist()}"
         )
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            "batch_size (over all processes) must be a positive multiple of process_count "
-            f"{process_count}, got {batch_size}"
-        )
-    block = batch_size // process_count
-    rows = process_index * block + np.arange(block) if rows is None else np.asarray(rows)
-    if np.any(np.diff(rows) < 1) or not 0 <= rows[0] <= rows[-1] < batch_size:
-        raise ValueError(f"rows must ascend from 0 to at most {batch_size - 1}, got {rows.tolist()}")
     if threads < 0:
         raise ValueError(f"threads must be at least 0, got {threads}")
     if len(source) < 1:

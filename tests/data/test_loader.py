@@ -68,36 +68,24 @@ def test_finite_epochs_drop_the_remainder():
     assert len(batches) == 2 and len(set(_labels(batches))) == 8
     # With 3 processes of 2 examples the last, unfilled global batch is dropped by all of them.
     lengths = [
-        len(list(data.loader(_numbered(10), 6, 0, num_epochs=1, process_index=p, process_count=3)))
-        for p in range(3)
+        len(list(data.loader(_numbered(10), 6, 0, num_epochs=1, rows=rows)))
+        for rows in np.arange(6).reshape(3, 2)
     ]
     assert lengths == [1, 1, 1]
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
+@pytest.mark.parametrize("processes", [2, 3, 6])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("threads", [0, 2])
-def test_blocks_of_all_processes_are_the_global_batch(process_count, threads):
+def test_rows_of_all_processes_are_the_global_batch(processes, interleaved, threads):
     source = _numbered(17)
     whole = _take(data.loader(source, 12, seed=5, flip=True), 6)
-    parts = [
-        _take(
-            data.loader(
-                source,
-                12,
-                5,
-                process_index=p,
-                process_count=process_count,
-                flip=True,
-                threads=threads,
-            ),
-            6,
-        )
-        for p in range(process_count)
-    ]
-    for step, batch in enumerate(whole):
-        for name in ("x", "label"):
-            joined = np.concatenate([part[step][name] for part in parts])
-            np.testing.assert_array_equal(joined, batch[name])
+    rows = np.arange(12).reshape((-1, processes) if interleaved else (processes, -1))
+    for ours in rows.T if interleaved else rows:
+        part = _take(data.loader(source, 12, 5, rows=ours, flip=True, threads=threads), 6)
+        for step, batch in enumerate(whole):
+            for name in ("x", "label"):
+                np.testing.assert_array_equal(part[step][name], batch[name][ours])
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -116,7 +104,7 @@ def test_state_resumes_at_the_next_batch(threads):
         np.testing.assert_array_equal(got["x"], want["x"])
         np.testing.assert_array_equal(got["label"], want["label"])
     # The state counts global steps: another number of processes goes on with the same batches.
-    halves = [make(process_index=p, process_count=2) for p in range(2)]
+    halves = [make(rows=rows) for rows in np.arange(6).reshape(2, 3)]
     for half in halves:
         half.set_state(state)
     joined = np.concatenate([next(half)["x"] for half in halves])
@@ -142,10 +130,11 @@ def test_flips_mirror_half_the_images_and_change_with_the_epoch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "process_count 1, got 0"),
-        ({"batch_size": 6, "process_count": 4}, "multiple of process_count 4, got 6"),
-        ({"batch_size": 4, "process_index": 2, "process_count": 2}, "process_index 2 of process_c"),
-        ({"batch_size": 4, "process_count": 0}, "process_count 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 4, "rows": [3, 4]}, r"some of 0 to 3, ascending, got \[3, 4\]"),
+        ({"batch_size": 4, "rows": [3, 3]}, r"some of 0 to 3, ascending, got \[3, 3\]"),
+        ({"batch_size": 4, "rows": [2, 1]}, r"some of 0 to 3, ascending, got \[2, 1\]"),
+        ({"batch_size": 4, "rows": []}, r"some of 0 to 3, ascending, got \[\]"),
         ({"batch_size": 4, "seed": -1}, "seed must be from 0 to 4294967295, got -1"),
         ({"batch_size": 4, "num_epochs": 0}, "num_epochs must be None or at least 1, got 0"),
         ({"batch_size": 21, "num_epochs": 2}, "at most 20, the examples of num_epochs 2, got 21"),

@@ -17,7 +17,6 @@ from tiny_run import tiny_config, write_config
 from jaxdiff import config as configuration
 from jaxdiff import parallel
 from jaxdiff.cli import main
-from jaxdiff.data import arrays, loader
 from jaxdiff.experiment import make_tableau, sampler
 from jaxdiff.generation import generate
 from jaxdiff.settings import SECTIONS
@@ -218,16 +217,6 @@ def test_snapshots_are_those_that_process_0_found(alone, monkeypatch):
     _, error = reconstruct(plan.experiment, workdir, state, 0.08)
     assert error == ema.fit([4, 4, 12, 12], [0.05, 0.1] * 2, 12, 0.08).error
     assert next(said, None) is None
-
-
-def test_blocks_and_rows_of_a_batch_are_the_batch():
-    source = arrays({"x": np.linspace(-1, 1, 20)[:, None]}, label_key=None)
-    whole = next(loader(source, 8, seed=1))["x"]
-    rows = next(loader(source, 8, seed=1, rows=np.array([1, 2, 6])))["x"]
-    np.testing.assert_array_equal(rows, whole[[1, 2, 6]])
-    for wrong in ([2, 1], [0, 8], [3, 3]):
-        with pytest.raises(ValueError, match="rows must ascend from 0 to at most 7"):
-            loader(source, 8, seed=1, rows=np.array(wrong))
 
 
 def test_a_failure_among_several_processes_ends_this_one_at_once(monkeypatch, capsys):
