@@ -109,7 +109,8 @@ def settings_table() -> str:
 
 
 def _facts(entry: Entry, setting: Setting) -> tuple[str, ...]:
-    extra = f" + {setting.extra} once" if setting.extra else ""
+    sign = "-" if setting.extra < 0 else "+"
+    extra = f" {sign} {abs(setting.extra)} once" if setting.extra else ""
     return (
         f"{setting.order:g}" + ("" if setting.deterministic else " (weak)"),
         f"{entry.nfe_per_step_of(setting)}{extra}",

@@ -22,7 +22,8 @@ _INTERFACES = {
     "DPM2": "kdpm2", "DPM2 a": "kdpm2_ancestral", "DPM++ 2S a": "dpm_solver_pp_2s_ancestral",
     "DPM++ 2M": "dpm_solver_pp_2m", "DPM++ SDE": "dpm_solver_pp_sde",
     "DPM++ 2M SDE": "dpm_solver_pp_2m_sde", "DPM++ 2M SDE Heun": "dpm_solver_pp_2m_sde_heun",
-    "DPM++ 3M SDE": "dpm_solver_pp_3m_sde", "DEIS": "deis_tab2", "UniPC": "unipc_2",
+    "DPM++ 3M SDE": "dpm_solver_pp_3m_sde",
+    "DPM fast": "dpm_solver_3s_fast", "DEIS": "deis_tab2", "UniPC": "unipc_2",
     "DDIM": "ddim", "DDPM": "ddpm", "PLMS": "plms", "Restart": "restart",
     "LCM": "consistency", "TCD": "tcd",
 }  # fmt: skip
@@ -43,6 +44,7 @@ _OTHERS = {
     "sample_lms": Alias("lms"),
     "sample_dpm_2": Alias("kdpm2"),
     "sample_dpm_2_ancestral": Alias("kdpm2_ancestral"),
+    "sample_dpm_fast": Alias("dpm_solver_3s_fast", "half_log_snr"),
     "sample_dpmpp_2s_ancestral": Alias("dpm_solver_pp_2s_ancestral"),
     "sample_dpmpp_sde": Alias("dpm_solver_pp_sde"),
     "sample_dpmpp_2m": Alias("dpm_solver_pp_2m"),

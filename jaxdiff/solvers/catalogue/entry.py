@@ -23,9 +23,9 @@ class Setting(NamedTuple):
     `order`: what it converges at asymptotically on any smooth grid with alpha > 0 at the noise end and
     sigma > 0 at the data end (weak order if it draws noise; 0 if it has a bias that stays).
     `integrand`, `ends`, `nfe_per_step` and `paper` where they are not the entry's own. `extra`:
-    evaluations that the start makes beyond nfe_per_step a step. `exact`: the integrands that it
-    integrates exactly, if there are any. `strong`: strong order on a Brownian path, for noisy settings
-    whose rows carry its clock.
+    evaluations beyond nfe_per_step a step, of the start, or (below 0) fewer, of lower-order last
+    steps. `exact`: the integrands that it integrates exactly, if there are any. `strong`: strong
+    order on a Brownian path, for noisy settings whose rows carry its clock.
     """
 
     options: Mapping[str, Any]

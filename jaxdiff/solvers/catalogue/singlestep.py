@@ -56,6 +56,10 @@ ENTRIES: tuple[Entry, ...] = (
             "dpm_solver_pp_3s_nodes": Setting(
                 {"order": 3, "integrand": "x0", "stages": "nodes"}, 1.5, nfe_per_step=1, **DATA
             ),
+            "dpm_solver_3s_fast": Setting(
+                {"order": 3, "lower_order_final": True}, 2, nfe_per_step=3, extra=-3,
+                exact=Exactness("lambda", 0),
+            ),
             "dpm_solver_3s_ancestral": Setting(
                 {"order": 3, "eta": 1.0}, 3, False, nfe_per_step=3, strong=1, paper="k_diffusion"
             ),
