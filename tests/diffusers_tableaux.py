@@ -14,6 +14,7 @@ from jaxdiff.solvers.dpm_solver_sde import (
     dpm_solver_pp_sde_multistep,
     dpm_solver_sde_multistep,
 )
+from jaxdiff.solvers.dpm_solver_sde_nodes import dpm_solver_pp_sde_singlestep
 from jaxdiff.solvers.pndm import ipndm, pndm
 from jaxdiff.solvers.reverse_sde import euler_maruyama, reverse_diffusion
 from jaxdiff.solvers.runge_kutta import kdpm2
@@ -69,22 +70,9 @@ def singlestep(case):
             steps, k, integrand(case), "taylor" if solver_type(case) == "heun" else "midpoint",
             stages="nodes", lower_order_final=lowered,
         )  # fmt: skip
-    if k == 1:
-        return dpm_solver_pp_sde_multistep(steps, 1)
-    # Two intervals a step, the node between them its stage, wherever that lies.
-    tables, i, n = [], 0, case.steps
-    while i < n:
-        single = i + 2 > n or (lowered and i + 2 == n)
-        j = i + 1 if single else i + 2
-        part = [np.array([a[i], a[j]]) for a in (steps.t, steps.alpha, steps.sigma)]
-        piece, lam = jd.grids.from_arrays(*part), steps.lam
-        if single:
-            tables.append(dpm_solver_pp_sde_multistep(piece, 1))
-        else:
-            r = float((lam[i + 1] - lam[i]) / (lam[j] - lam[i]))
-            tables.append(dpm_solver_pp_sde(piece, r=r, variant="independent"))
-        i = j
-    return jd.solvers.concatenate(tables)
+    return dpm_solver_pp_sde_singlestep(
+        steps, k, solver_type=solver_type(case), variant="diffusers", lower_order_final=lowered
+    )  # fmt: skip
 
 
 def multistep(case):

@@ -7,7 +7,7 @@ from replay import Replay, start, to_vp
 
 # Scheduler -> (cases matched, cases in DEVIATIONS).
 COUNTS = {
-    "dpm_solver_singlestep": (44, 6),
+    "dpm_solver_singlestep": (50, 0),
     "dpm_solver": (24, 0),
     "dpm_solver_sde_multistep": (33, 2),
     "edm_dpm_solver_sde": (8, 0),
@@ -49,12 +49,6 @@ DEVIATIONS = {
     "PNDM: a step ends at a level that is not the next call's": (
         lambda c: c.scheduler == "pndm" and c.facts["off_grid"],
         lambda c: 1, False,
-    ),
-    "SDE single-step, 'heun' and order 3: left out, their noises are independent anyway": (
-        lambda c: c.scheduler == "dpm_solver_singlestep"
-        and c["algorithm_type"] == "sde-dpmsolver++"
-        and (order(c) == 3 and c.steps > 3 or c["solver_type"] == "heun"),
-        lambda c: 2 if c["solver_type"] == "heun" else 3, False,
     ),
     "SDE multistep, a step of length 0: the root of a rounding error below 0 (in float64)": (
         lambda c: c.scheduler == "dpm_solver_sde_multistep" and c.facts["repeated_node"],

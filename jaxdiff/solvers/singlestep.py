@@ -96,7 +96,7 @@ def dpm_solver_singlestep(
     if stages == "at":
         steps = _steps_at(grid, order, plan, lower_order_final)
     else:
-        steps = _steps_on_nodes(grid, order, plan, lower_order_final)
+        steps = steps_on_nodes(grid, order, plan, lower_order_final)
     # With noise a step ends past its node, on a path that goes down and up again.
     path = _with_downs(grid, eta) if eta else grid
     if eta:
@@ -211,9 +211,10 @@ def _steps_at(grid: Grid, order: int, plan: Any, lower_order_final: bool | None)
     return [(i, i + 1, k) for i, k in enumerate(orders)]
 
 
-def _steps_on_nodes(
+def steps_on_nodes(
     grid: Grid, order: int, plan: Any, lower_order_final: bool | None
 ) -> list[Step]:
+    """Steps of `order` intervals each, the nodes between being their stages."""
     count = grid.steps
     orders = singlestep_plan(count, order, lower_order_final) if plan is None else _checked(plan)
     if sum(orders) != count:

@@ -15,6 +15,7 @@ from jaxdiff.solvers.dpm_solver_sde import (
     dpm_solver_pp_sde_multistep,
     dpm_solver_sde_multistep,
 )
+from jaxdiff.solvers.dpm_solver_sde_nodes import dpm_solver_pp_sde_singlestep
 
 VP, EDM = jd.processes.vp_linear(), jd.processes.edm()
 
@@ -237,6 +238,9 @@ def variance_error(table, std=0.5):
         (dpm_solver_pp_sde, {"variant": "independent"}, 0.8, 1.2),
         (dpm_solver_pp_sde_multistep, {"order": 3, "variant": "published"}, 1.8, 2.3),
         (dpm_solver_pp_sde_multistep, {"order": 3, "variant": "diffusers"}, 0.8, 1.2),
+        (dpm_solver_pp_sde_singlestep, {"order": 2}, 1.8, 2.3),
+        (dpm_solver_pp_sde_singlestep, {"order": 2, "variant": "diffusers"}, 0.6, 1.2),
+        (dpm_solver_pp_sde_singlestep, {"variant": "diffusers"}, -0.5, 0.0),  # it does not converge
     ],
 )
 def test_weak_order_is_one_with_independent_noises_and_with_diffusers_third_order(
@@ -349,3 +353,15 @@ def test_noise_does_not_run_backward_but_the_flow_does(build):
     with pytest.raises(ValueError, match="from data to noise takes eta = 0, got 1.0"):
         build(grid)
     assert not build(grid, eta=0.0).stochastic
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_single_steps_on_nodes_without_noise_are_dpm_solver_pps(order, x64):
+    grid, x = jd.grids.half_log_snr(VP, 9), np.random.default_rng(0).normal(size=(8, 2))
+    tables = (
+        dpm_solver_pp_sde_singlestep(grid, order, eta=0.0),
+        jd.solvers.dpm_solver_singlestep(grid, order, "x0", "taylor", stages="nodes"),
+    )
+    denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, VP)
+    ends = [jd.sample(denoiser, table, x) for table in tables]
+    np.testing.assert_allclose(*ends, rtol=1e-12, atol=1e-12)
