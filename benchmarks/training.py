@@ -7,13 +7,14 @@ DIR is a checkout of github.com/AshishKumar4/FlaxDiff, which needs clu, termcolo
 Writes results/training.json. The hand-written loop trains the same network on the same batch with the
 same optimiser, clipping, warm-up, average and metrics; it draws its noise from one key and knows
 nothing of configurations. FlaxDiff's step donates its batch, which is put on the device anew in each
-of its steps. Run times are ratios over interleaved pairs in one run. What needs a GPU says "not
-measured yet", and has no code yet.
+of its steps. Run times are ratios over interleaved pairs in one run. What needs a GPU is measured by
+training_gpu.py, alone or from here; without one its cells stay as they are, "not measured yet".
 """
 
 import argparse
 import functools
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,9 @@ import machine
 import optax
 from ml_collections import ConfigDict
 from pairs import paired
+from training_gpu import LATER, cells
 from training_peer import flaxdiff_step
+from training_step import Run, compiled
 
 from jaxdiff import config as configuration
 from jaxdiff.models import DiT, UNet
@@ -34,8 +37,6 @@ from jaxdiff.training.meter import peak_memory
 from jaxdiff.training.run import batches, prepare
 
 ROOT = Path(__file__).parents[1]
-STEPS = 4  # in each timed call
-LATER = "not measured yet"
 
 
 def digits(**train_settings) -> ConfigDict:
@@ -108,28 +109,6 @@ def hand_written(plan):
     params = module.init(key, x, jnp.zeros(1), jnp.zeros(1, jnp.int32))
     state = params, optimizer.init(params), jax.tree.map(jnp.copy, params), jnp.int32(0), key
     return step, state
-
-
-def compiled(plan):
-    """The run's step as its loop compiles it."""
-    placement = plan.placement
-    step = jax.jit(
-        plan.step, donate_argnums=0, in_shardings=(placement.state, placement.batch),
-        out_shardings=(placement.state, placement.replicated),
-    )  # fmt: skip
-    return step.lower(placement.abstract, plan.batch).compile()
-
-
-class Run:
-    """A step and its state: each call makes a few steps and waits for them."""
-
-    def __init__(self, step, state, batch):
-        self.step, self.state, self.batch = step, state, batch
-
-    def __call__(self):
-        for _ in range(STEPS):
-            self.state, metrics = self.step(self.state, self.batch)
-        return jax.block_until_ready(metrics)
 
 
 def both(config, peer):
@@ -227,7 +206,7 @@ def counted(module, shape):
     return round(flops.count(module.apply, *arguments) / theirs, 4)
 
 
-def main(rounds, steps, flaxdiff):
+def main(rounds, steps, flaxdiff, batch, diffusers):
     device = jax.devices()[0]
     networks = {
         "DiT of configs/digits.py, batch 64": digits,
@@ -254,8 +233,7 @@ def main(rounds, steps, flaxdiff):
             for name, network in NETWORKS.items()
         },
         "our FLOPs / XLA's": {name: counted(*network) for name, network in NETWORKS.items()},
-        "MFU in bfloat16, one H200": dict.fromkeys(("DiT-S/2", "DiT-B/2", "DiT-XL/2"), LATER),
-        "images per second, sampling, over diffusers' DiT in torch": LATER,
+        **cells(batch, diffusers),
     }
 
 
@@ -264,5 +242,7 @@ if __name__ == "__main__":
     parser.add_argument("--flaxdiff", help="a checkout of FlaxDiff")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, help="on a GPU (default: the largest that fits)")
+    parser.add_argument("--diffusers", default=sys.executable, metavar="PYTHON", help="on a GPU")
     given = parser.parse_args()
-    machine.write("training", main(given.rounds, given.steps, given.flaxdiff))
+    machine.write("training", main(**vars(given)))

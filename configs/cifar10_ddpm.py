@@ -9,8 +9,7 @@ hours on a TPU v3-8 (its appendix B).
 Ho et al., "Denoising Diffusion Probabilistic Models" (2020), section 4 and appendix B, and its
 repository's scripts/run_cifar.py: betas 1e-4 to 0.02, the mean error of the noise, batches of 128,
 Adam at 2e-4 after 5,000 steps of warm-up, gradients clipped to norm 1, dropout 10%, random flips,
-EMA 0.9999, ancestral sampling with the larger variance. What differs: t is drawn in [0, 999], not
-only at integers; the EMA is warmed up.
+EMA 0.9999, ancestral sampling with the larger variance. What differs: the EMA is warmed up.
 
 On a laptop: --config configs/cifar10_ddpm.py:laptop trains a small network of the same kind on
 patches of scikit-learn's photographs; it shows that everything works, and has no expected figure.
@@ -31,7 +30,7 @@ def get_config(size: str = "full") -> ConfigDict:
         "adaptive_scale": False, "dropout": 0.1, "time_scale": 1.0,
     }  # fmt: skip
     config.denoiser = {"prediction": "eps", "conditional": False, "dtype": "bfloat16"}
-    config.loss = {"weighting": "simple"}
+    config.loss = {"weighting": "simple", "time_law": "integers"}
     config.optimizer = {
         "name": "adam", "learning_rate": 2e-4, "warmup_steps": 5000, "schedule": "constant",
         "clip_norm": 1.0,

@@ -4,6 +4,9 @@ import argparse
 import ast
 from typing import Any
 
+# What differs between the processes of a run.
+OF_A_PROCESS = ("distributed", "coordinator", "processes", "process_id", "heartbeat")
+
 
 def _process_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
@@ -17,6 +20,10 @@ def _process_arguments(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAXDIFF_COORDINATOR)")
     add("--processes", type=int, metavar="N", help="how many (or JAXDIFF_PROCESSES)")
     add("--process-id", type=int, metavar="K", help="which one, from 0 (or JAXDIFF_PROCESS_ID)")
+    add(
+        "--heartbeat", type=int, metavar="SECONDS",
+        help="silence after which a process counts as dead, and all end (100; or JAXDIFF_HEARTBEAT)",
+    )  # fmt: skip
 
 
 def train(parser: argparse.ArgumentParser) -> None:

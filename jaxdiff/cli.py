@@ -100,8 +100,9 @@ def _join_processes(arguments: argparse.Namespace) -> None:
         # It would take SIGTERM from when the processes join, also where nobody asks for it.
         jax.config.update("jax_enable_preemption_service", False)
         initialize(
-            arguments.distributed, arguments.coordinator, arguments.processes, arguments.process_id
-        )
+            arguments.distributed, arguments.coordinator, arguments.processes,
+            arguments.process_id, arguments.heartbeat,
+        )  # fmt: skip
 
 
 def _abandon(code: int, words: str = "") -> None:
@@ -269,9 +270,11 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     from jaxdiff.experiment import check_seed, is_stored, make_tableau, sampler
     from jaxdiff.solvers import own_grid
     from jaxdiff.training.reconstruction import check_reconstruction
-    from jaxdiff.training.run import read_experiment
+    from jaxdiff.training.run import compare_sections, read_experiment
 
+    _compare_arguments(arguments)
     experiment = read_experiment(arguments.workdir)
+    compare_sections(experiment.config)
     if arguments.ema is not None:
         check_reconstruction(experiment, arguments.ema)
     settings = experiment.config.sample
@@ -305,6 +308,16 @@ def _sampler(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     if is_stored(options["solver"]):  # those of the run were not used, and are not reported
         options |= {"options": {}, "steps": None, "grid": None, "grid_options": {}}
     return experiment, tableau, options
+
+
+def _compare_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError, in every process, if they were told to do different things."""
+    from jaxdiff import parallel
+
+    own = (*flags.OF_A_PROCESS, "workdir", "output", "quiet", "debug")  # a disk has several names
+    for name, value in sorted(vars(arguments).items()):
+        if name not in own:
+            parallel.same(f"--{name.replace('_', '-')}", repr(value))
 
 
 # --- ablate ---------------------------------------------------------------------------------------

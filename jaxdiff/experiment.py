@@ -22,12 +22,14 @@ from jaxdiff.data import Augmentation
 from jaxdiff.data.loader import Source
 from jaxdiff.denoisers import Denoiser, precondition
 from jaxdiff.guidance import classifier_free
+from jaxdiff.learned_variance import with_variance
 from jaxdiff.models import from_linen
 from jaxdiff.names import check_options, unknown
 from jaxdiff.noise import sample_keys
 from jaxdiff.parallel import split_batch
 from jaxdiff.predictions import check_prediction
 from jaxdiff.processes import Process
+from jaxdiff.processes.discrete import is_discrete
 from jaxdiff.sampling import sample
 from jaxdiff.settings import GRIDS, SECTIONS
 from jaxdiff.solvers.tableau import Tableau
@@ -57,8 +59,13 @@ class Experiment:
         return self.module.init(key, x, jnp.zeros(1), self._cond(np.zeros(1, np.int32)))
 
     def denoiser(self, variables: Any, rngs: Mapping[str, jax.Array] | None = None) -> Denoiser:
-        """The denoiser with these variables; `rngs` ("label", "dropout") make it a training one."""
+        """The denoiser with these variables; `rngs` ("label", "dropout") make it a training one.
+
+        That of a network with a learned variance has two outputs: see `jaxdiff.learned_variance`.
+        """
         settings = self.config.denoiser
+        if settings.learn_sigma and rngs is not None:
+            return with_variance(self.module, variables, settings.prediction, train=True, rngs=rngs)
         found = from_linen(
             self.module, variables, settings.prediction, train=rngs is not None, rngs=rngs
         )
@@ -182,8 +189,8 @@ def make_experiment(
             f"config.process.t_max below {process.t_max:g}, or use no preconditioning with the "
             "prediction 'v' or 'flow'"
         )
-    dtype = jnp.dtype(settings.dtype)
-    extra = {"num_classes": classes, "dtype": dtype} | _augment_dim(config, shape)
+    extra = {"num_classes": classes, "dtype": jnp.dtype(settings.dtype)}
+    extra |= _learn_sigma(config, process) | _augment_dim(config, shape)
     module = _with_attention(_call(SECTIONS["model"].choices, config.model, **extra), settings)
     experiment = Experiment(config, process, module, tuple(shape), classes)
     _check_output(experiment)
@@ -214,6 +221,23 @@ def _with_attention(module: nn.Module, settings: ConfigDict) -> nn.Module:
         return module
     flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return module.clone(attention=flash)
+
+
+def _learn_sigma(config: ConfigDict, process: Process) -> dict[str, bool]:
+    """The network's second output, if it is wanted."""
+    if not config.denoiser.learn_sigma:
+        return {}
+    if not is_discrete(process) or config.denoiser.precondition:
+        raise ValueError(
+            "config.denoiser.learn_sigma is for the process 'ddpm' without preconditioning, got "
+            f"config.process.name {config.process.name!r}"
+        )
+    if not hasattr(SECTIONS["model"].choices[config.model.name], "learn_sigma"):
+        raise ValueError(
+            "config.denoiser.learn_sigma needs a network for images, got config.model.name "
+            f"{config.model.name!r}"
+        )
+    return {"learn_sigma": True}
 
 
 def _augment_dim(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:

@@ -19,7 +19,7 @@ network predicts. With SNR = exp(2 lam):
     elbo       rate                        rate SNR                    Kingma et al. 2021
     sigmoid    rate sigmoid(b - 2 lam)     rate SNR sigmoid(b - 2 lam) Hoogeboom et al. 2024
 
-A **time law** is a quantile function (u, process) -> t, increasing from t_min at u = 0 to t_max at
+A **time law** is a quantile function (u, process) -> t, not decreasing, from t_min at u = 0 to t_max at
 u = 1. `WEIGHTINGS` and `TIME_LAWS` map the names to the functions.
 """
 
@@ -39,6 +39,7 @@ from jaxdiff.names import check_options, unknown
 from jaxdiff.noise import is_key_batch, per_sample, sample_keys
 from jaxdiff.predictions import target
 from jaxdiff.processes.base import Process, check_positive
+from jaxdiff.processes.discrete import is_discrete
 
 # --- weightings -----------------------------------------------------------------------------------
 
@@ -236,8 +237,20 @@ def _find(
 
 
 def uniform(u: Array, process: Process) -> Array:
-    """t uniform in [t_min, t_max]. As in the next three, u in (0, 1) is stretched to the span."""
+    """t uniform in [t_min, t_max]: u in (0, 1) is stretched to the span."""
     return process.t_min + (process.t_max - process.t_min) * u
+
+
+def integers(u: Array, process: Process) -> Array:
+    """t uniform among the steps 0, 1, ... of a `ddpm` process (Ho et al. 2020, algorithm 1).
+
+    Raises ValueError for a process in continuous time.
+    """
+    if not is_discrete(process):
+        raise ValueError(
+            f"the time law 'integers' is for a ddpm process, got {type(process).__name__}"
+        )
+    return jnp.floor(u * (process.t_max + 1.0))
 
 
 def logit_normal(u: Array, process: Process, mean: float = 0.0, std: float = 1.0) -> Array:
@@ -282,6 +295,7 @@ TimeLaw = Callable[..., Array]
 
 TIME_LAWS: Mapping[str, TimeLaw] = {
     "uniform": uniform,
+    "integers": integers,
     "logit_normal": logit_normal,
     "mode": mode,
     "cosmap": cosmap,

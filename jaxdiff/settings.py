@@ -13,7 +13,9 @@ class DenoiserSettings:
     """What the network predicts, and how it is called.
 
     `conditional` uses the data's labels; `precondition` wraps the network in EDM's preconditioning
-    with `sigma_data`, and then the prediction is "x0"; `dtype` is the network's. `attention` is
+    with `sigma_data`, and then the prediction is "x0"; `learn_sigma`: the network also predicts the
+    variance of a ddpm process's steps, and is trained by `jaxdiff.learned_variance.hybrid_loss`
+    (the sample section's solver does not use it). `dtype` is the network's. `attention` is
     "xla", or "cudnn": flash attention of cuDNN for bfloat16 and float16 networks on GPUs, whose
     memory does not grow with the square of the tokens (on other devices XLA's is used).
     """
@@ -22,6 +24,7 @@ class DenoiserSettings:
     conditional: bool = True
     precondition: bool = False
     sigma_data: float = 0.5
+    learn_sigma: bool = False
     dtype: str = "float32"
     attention: str = "xla"
 

@@ -88,6 +88,22 @@ def test_a_unet_builds():
     assert experiment.module.multipliers == (1, 2) and experiment.module.num_classes == 10
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"process": {"name": "flow"}}, "for the process 'ddpm'.* got config.process.name 'flow'"),
+        (
+            {"process": {"name": "ddpm"}, "model": {"name": "mlp", "width": 8, "depth": 1}},
+            "a network for images, got config.model.name 'mlp'",
+        ),
+    ],
+)
+def test_a_variance_that_cannot_be_learned_is_refused(sections, message):
+    config = image_config(denoiser={"prediction": "eps", "learn_sigma": True}, **sections)
+    with pytest.raises(ValueError, match=f"config.denoiser.learn_sigma .*{message}"):
+        make_experiment(config, (8, 8, 1), 10)
+
+
 def test_settings_reach_the_objects():
     config = image_config(
         process={"name": "edm", "sigma_max": 20.0}, sample={"grid": "karras"},

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import bound_by_the_book
 
 import jaxdiff as jd
-from jaxdiff.learned_variance import learned_variance, with_variance
+from jaxdiff.learned_variance import hybrid_loss, learned_variance, with_variance
+from jaxdiff.losses import score_matching
+from jaxdiff.predictions import convert
 
 PROCESS = jd.processes.ddpm()
 GRID = jd.grids.leading(PROCESS, 5)
@@ -159,3 +162,59 @@ def test_what_does_not_fit_is_named(start):
         jd.sample(single, tableau, x, jax.random.key(0), control=control)
     with pytest.raises(ValueError, match="learn_sigma=True"):
         with_variance(jd.models.DiT(patch_size=2, width=16, depth=1, num_heads=2), {"params": {}})
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def pairs_of(name, x, eps):
+    """Denoisers of one answer a sample, near eps, in terms of `name`; params: (its error, v)."""
+
+    def fn(params, x_t, levels):
+        error, v = params
+        alpha, sigma = levels[1:]
+        return convert(eps + error, x_t, "eps", name, alpha, sigma), v
+
+    return lambda params: jd.Denoiser(fn, (name, name), params, jd.denoisers.level)
+
+
+@pytest.mark.parametrize("name", ["eps", "v"])
+def test_the_hybrid_loss_is_the_simple_one_and_the_bound(name, x64):
+    steps = 500
+    process = jd.processes.ddpm(num_steps=steps)
+    rng = np.random.default_rng(3)
+    t = np.asarray([0, 0, 1, 2, 250, 499])
+    shape = (len(t), 3, 4)
+    x0 = np.clip(rng.normal(size=shape), -1, 1)  # a third at the ends
+    eps, v = rng.normal(size=shape), rng.uniform(-1, 1, size=shape)
+    error = 0.3 * rng.normal(size=shape)
+    error[0] *= 10  # beyond the least probability of a level
+    x = np.asarray(process.perturb(x0, eps, t))
+    make = pairs_of(name, x, eps)
+    found = hybrid_loss(make((error, v)), process, x0, t, eps)
+    betas = np.linspace(1e-4, 0.02, steps)
+    bits = [bound_by_the_book(betas, *row) for row in zip(t, x0, x, eps + error, v, strict=True)]
+    simple = (error**2).mean(axis=(1, 2))
+    np.testing.assert_allclose(found, simple + 0.5 * np.asarray(bits), rtol=1e-8)
+
+    # The bound moves v alone, the error of the noise the prediction alone.
+    def total(params, loss):
+        return loss(make(params), process, x0, t, eps).sum()
+
+    def plain(denoiser, *arguments):
+        first = jd.Denoiser(lambda p, *a: denoiser.fn(p, *a)[0], name, denoiser.params, denoiser.time)
+        return score_matching(first, *arguments)
+
+    by_error, by_v = jax.grad(total)((error, v), hybrid_loss)
+    np.testing.assert_allclose(by_error, jax.grad(total)((error, v), plain)[0], rtol=1e-10)
+    h = 1e-6
+    slope = (total((error, v + h), hybrid_loss) - total((error, v - h), hybrid_loss)) / (2 * h)
+    np.testing.assert_allclose(by_v.sum(), slope, rtol=1e-5)
+
+
+def test_a_hybrid_loss_that_does_not_fit_is_named():
+    x = jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match="for a ddpm process, got VPLinear"):
+        hybrid_loss(pair(network), jd.processes.vp_linear(), x, 0.5, x)
+    with pytest.raises(ValueError, match="two outputs.*predicts 'eps'"):
+        hybrid_loss(jd.Denoiser(network, "eps", 0.7), PROCESS, x, 0.5, x)

@@ -58,7 +58,8 @@ def test_span_laws_have_their_distribution(law, options, cdf, x64):
 
 
 def test_log_normal_sigma_is_edms_for_every_process(x64):
-    assert set(losses.TIME_LAWS) == {law for law, _, _ in SPAN_LAWS} | {"log_normal_sigma"}
+    others = {"integers", "log_normal_sigma"}
+    assert set(losses.TIME_LAWS) == {law for law, _, _ in SPAN_LAWS} | others
     for name, process in PROCESSES.items():
         t = np.asarray(losses.sample_times("log_normal_sigma", jax.random.key(13), 4000, process))
         log_sigma = -process.half_log_snr(t)
@@ -86,7 +87,19 @@ def test_a_law_can_be_a_function():
     )
 
 
-@pytest.mark.parametrize("law", losses.TIME_LAWS)
+def test_integers_are_the_steps_of_a_discrete_process():
+    process = jd.processes.ddpm(num_steps=10)
+    u = jnp.asarray([1e-7, 0.05, 0.0999, 0.1001, 0.55, 0.8999, 0.9001, 1 - 6e-8])
+    expected = [0, 0, 0, 1, 5, 8, 9, 9]
+    np.testing.assert_array_equal(losses.TIME_LAWS["integers"](u, process), expected)
+    t = losses.sample_times("integers", jax.random.key(0), 4000, process)
+    counts = np.bincount(np.asarray(t).astype(int), minlength=10)
+    assert np.sum(counts) == 4000 and stats.chisquare(counts).pvalue > 0.01
+    with pytest.raises(ValueError, match="'integers' is for a ddpm process, got VPLinear"):
+        losses.sample_times("integers", jax.random.key(0), 2, PROCESSES["vp_linear"])
+
+
+@pytest.mark.parametrize("law", sorted(set(losses.TIME_LAWS) - {"integers"}))
 def test_a_uniform_draw_of_zero_stays_inside(law, monkeypatch):
     # Once in 2^23 float32 draws u is 0, where a normal's quantile is infinite and sigma may be 0.
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.zeros(()))

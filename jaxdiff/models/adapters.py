@@ -23,12 +23,14 @@ class _LinenFn:
     module: nn.Module
     train: bool
     has_rngs: bool
+    method: str | None = None
 
     def __call__(self, params, x, t, cond=None, keep=None):
         variables, rngs = params if self.has_rngs else (params, None)
         args = () if cond is None else (cond,)
         options = {"train": True} if self.train else {}
         options |= {} if keep is None else {"keep": keep}
+        options |= {} if self.method is None else {"method": self.method}
         return self.module.apply(variables, x, t, *args, rngs=rngs, **options)
 
     def check(self, params, batch, cond, alpha):

@@ -18,11 +18,12 @@ _VARIABLES = {
     "processes": "JAXDIFF_PROCESSES",
     "process_id": "JAXDIFF_PROCESS_ID",
 }
+_HEARTBEAT = "JAXDIFF_HEARTBEAT"
 
 
 def initialize(
     mode: str = "auto", coordinator: str | None = None, processes: int | None = None,
-    process_id: int | None = None,
+    process_id: int | None = None, heartbeat: int | None = None,
 ) -> bool:  # fmt: skip
     """Join the processes of a run, before anything else uses JAX; True if there are several.
 
@@ -34,6 +35,10 @@ def initialize(
                 and does nothing on a plain host;
         "on"    always asks JAX, and fails if it finds no cluster;
         "off"   does nothing.
+
+    A process that was not heard of for `heartbeat` seconds (the environment's JAXDIFF_HEARTBEAT,
+    else JAX's 100) counts as dead: JAX then ends all others, which would wait for it forever, with
+    a message that says so. The end of process 0 they notice at once.
 
     A second call changes nothing. Raises ValueError for another mode, for a part of the three
     only, for numbers that are none or do not fit, and for three given with "off".
@@ -50,22 +55,21 @@ def initialize(
     absent = [name for name, value in chosen.items() if value is None]
     if mode == "off" or jax.distributed.is_initialized():
         return jax.distributed.is_initialized() and jax.process_count() > 1
+    options = _heartbeat(heartbeat)
     if not absent:
-        return _join(**chosen)
+        return _join(**chosen, **options)
     if len(absent) < len(chosen):
         variables = ", ".join(_VARIABLES[name] for name in absent)
         raise ValueError(
             f"several processes need a coordinator, processes and a process id: {absent} missing "
             f"(the environment's {variables})"
         )
-    if mode == "on":
-        jax.distributed.initialize()
-    elif _several_tasks():
-        jax.distributed.initialize()
+    if mode == "on" or _several_tasks():
+        jax.distributed.initialize(**options)
     elif _has_tpu():
         # Also a host of its own may have a TPU: JAX tells by the cloud's metadata, or fails.
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**options)
         except ValueError as error:
             warnings.warn(f"a TPU, but no pod around it ({error}): one process", stacklevel=2)
             return False
@@ -74,7 +78,18 @@ def initialize(
     return jax.process_count() > 1
 
 
-def _join(coordinator: str, processes: Any, process_id: Any) -> bool:
+def _heartbeat(given: Any) -> dict[str, int]:
+    """What `jax.distributed.initialize` is told of it."""
+    given = os.environ.get(_HEARTBEAT) if given is None else given
+    if given in (None, ""):
+        return {}
+    seconds = _integer("heartbeat", given)
+    if seconds < 1:
+        raise ValueError(f"heartbeat must be at least 1 second, got {seconds}")
+    return {"heartbeat_timeout_seconds": seconds}
+
+
+def _join(coordinator: str, processes: Any, process_id: Any, **options: int) -> bool:
     count, number = (
         _integer(name, value)
         for name, value in (("processes", processes), ("process_id", process_id))
@@ -86,7 +101,7 @@ def _join(coordinator: str, processes: Any, process_id: Any) -> bool:
     if not coordinator.rpartition(":")[2].isdigit() or coordinator.startswith(":"):
         raise ValueError(f"coordinator must be HOST:PORT of process 0, got {coordinator!r}")
     jax.distributed.initialize(
-        coordinator, count, number, cluster_detection_method="deactivate"
+        coordinator, count, number, cluster_detection_method="deactivate", **options
     )
     return count > 1
 

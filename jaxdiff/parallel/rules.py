@@ -27,16 +27,13 @@ def partition(
     then "fsdp" splits the largest of the other dimensions that it divides, if any.
 
     Raises ValueError for a rule that cannot be read, names an axis that the mesh has not or more
-    dimensions than a parameter has, does not divide it, or (of `rules`) matches nothing; and for a
-    mesh whose tensor axis no rule uses.
+    dimensions than a parameter has, does not divide it, or (of `rules`) matches nothing, or only
+    parameters that earlier rules match; and for a mesh whose tensor axis no rule uses.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     flat = [(_name(path), leaf.shape) for path, leaf in flat]
     own = [_parse(rule, mesh, f"rule {rule!r}") for rule in rules]
-    for rule, (pattern, _) in zip(rules, own, strict=True):
-        if not any(pattern.search(name) for name, _ in flat):
-            some = ", ".join(name for name, _ in flat[:4])
-            raise ValueError(f"rule {rule!r} matches none of the parameters {some}, ...")
+    _check_used(rules, own, [name for name, _ in flat])
     used = mesh.shape.get("tensor", 1) > 1
     network = [_parse(rule, mesh, f"rule {rule!r}") for rule in tensor_rules] if used else []
     if used and not network and not any("tensor" in _axes(axes) for _, axes in own):
@@ -97,6 +94,24 @@ def _parse(rule: str, mesh: Mesh, where: str) -> tuple[re.Pattern, tuple]:
     if len(set(_axes(axes))) < len(_axes(axes)):
         raise ValueError(f"{where} uses an axis twice")
     return pattern, axes
+
+
+def _check_used(
+    rules: Sequence[str], parsed: Sequence[tuple[re.Pattern, tuple]], names: Sequence[str]
+) -> None:
+    """Raise ValueError for a rule that decides nothing."""
+    left = list(names)
+    for rule, (pattern, _) in zip(rules, parsed, strict=True):
+        matched = [name for name in names if pattern.search(name)]
+        if not matched:
+            some = ", ".join(names[:4])
+            raise ValueError(f"rule {rule!r} matches none of the parameters {some}, ...")
+        if not set(matched) & set(left):
+            raise ValueError(
+                f"rule {rule!r} decides nothing: rules before it match all of its parameters, "
+                f"{', '.join(matched[:4])}; put it first"
+            )
+        left = [name for name in left if name not in matched]
 
 
 def _axes(axes: tuple) -> list[str]:

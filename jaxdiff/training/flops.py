@@ -21,9 +21,12 @@ from jaxdiff.experiment import Experiment
 # A backward pass makes two products for each one of the forward pass.
 TRAINING_PASSES = 3
 
-# Dense bfloat16 operations per second of what JAX calls a device, from the makers' data sheets, by
-# its `device_kind`. A part of a card (MIG) has another kind, and is rightly not found.
+# Dense bfloat16 operations per second of what JAX calls a device, by its `device_kind`. A part of a
+# card (MIG) has another kind, and is rightly not found. NVIDIA's sheets give H100 and H200 with
+# sparsity, which is twice the dense number.
 PEAK: Mapping[str, float] = {
+    # Google Cloud's documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": peak compute
+    # per chip, bf16.
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -31,13 +34,17 @@ PEAK: Mapping[str, float] = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    # "NVIDIA A100 Tensor Core GPU" data sheet: the same for all four.
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
+    # "NVIDIA H100 Tensor Core GPU" data sheet: SXM 1,979e12 and NVL 1,671e12 with sparsity; its
+    # first edition, for the PCIe card: 1,513e12.
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
+    # "NVIDIA H200 Tensor Core GPU" data sheet: SXM 1,979e12 and NVL 1,671e12 with sparsity.
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835e12,
 }

@@ -1,6 +1,7 @@
 """Which device holds what: the mesh of a run, its state and its batches on it."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,13 +76,23 @@ def place(
 
 
 def place_to_read(experiment: Experiment, init: Callable[[], State]) -> Placement:
-    """As the run's own mesh where that fits the devices here; else a whole state on each device."""
+    """As the run's own mesh where that fits the devices here; else a whole state on each device.
+
+    A warning says so if the run itself had only a part of it on each.
+    """
     chosen = experiment.config.mesh
     sizes = {"data": chosen.data, "fsdp": chosen.fsdp, "tensor": chosen.tensor}
     try:
         mesh = parallel.mesh(**sizes)
     except ValueError:
-        return _placed(parallel.mesh(), init, (), ())
+        mesh = parallel.mesh()
+        if (chosen.fsdp, chosen.tensor) != (1, 1) and parallel.is_main():
+            warnings.warn(
+                f"config.mesh (data {chosen.data}, fsdp {chosen.fsdp}, tensor {chosen.tensor}) does "
+                f"not fit the devices here, {mesh.size}: each of them holds the whole state",
+                stacklevel=4,
+            )  # fmt: skip
+        return _placed(mesh, init, (), ())
     return _placed(mesh, init, chosen.rules, getattr(experiment.module, "tensor_rules", ()))
 
 

@@ -64,8 +64,7 @@ def prepare(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     Raises ValueError, TypeError, FileNotFoundError, ImportError.
     """
     config = configuration.complete(config, SECTIONS)  # it may have been changed since
-    for section, values in sorted(configuration.to_dict(config).items()):
-        parallel.same(f"config.{section}", json.dumps(values, sort_keys=True))
+    compare_sections(config)
     settings = config.train
     if settings.tensorboard:
         require_tensorboard()
@@ -86,6 +85,12 @@ def prepare(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     )
     jax.eval_shape(step, placement.abstract, batch)
     return Plan(experiment, source, init, step, placement, batch)
+
+
+def compare_sections(config: ConfigDict) -> None:
+    """Raise ValueError, in every process, if their completed configurations differ."""
+    for section, values in sorted(configuration.to_dict(config).items()):
+        parallel.same(f"config.{section}", json.dumps(values, sort_keys=True))
 
 
 def open_run(experiment: Experiment, workdir: Path) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import losses
 from jaxdiff.experiment import Experiment
+from jaxdiff.learned_variance import hybrid_loss
 from jaxdiff.models import Rows
 from jaxdiff.noise import normal, sample_keys
 from jaxdiff.training import ema as averages
@@ -46,6 +47,7 @@ def make_step(
     """
     settings = experiment.config
     train, augmentation = settings.train, experiment.augmentation
+    objective = hybrid_loss if settings.denoiser.learn_sigma else losses.score_matching
 
     def loss(params, batch, key, rows, piece):
         noise_key, time_key, label_key, dropout_key = jax.random.split(key, 4)
@@ -65,7 +67,7 @@ def make_step(
             cond["label"] = batch["label"]
             if rows.total != x0.shape[0]:
                 cond["rows"] = rows
-        return losses.score_matching(
+        return objective(
             denoiser, experiment.process, x0, t, eps, cond or None, settings.loss.weighting,
             **settings.loss.weighting_options,
         ).mean()  # fmt: skip

@@ -89,17 +89,32 @@ def test_killed_while_compiling_while_saving_and_between_the_end_is_the_same_bit
     assert runs.differences(workdir, whole) == [] and not runs.is_saving(workdir)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(
-    whole, start, tmp_path
-):
-    workdir = tmp_path / "run"
+def start_two(start, log):
+    """Two processes of four devices, which notice within seconds that the other one is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         several = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2"]
-    both = [
-        start(*several, "--process-id", str(k), devices=4, log=f"log{k}.txt") for k in range(2)
+    return [
+        start(*several, "--process-id", str(k), "--heartbeat=6", devices=4, log=f"{log}{k}.txt")
+        for k in range(2)
     ]
-    both[1].send_when(lambda: runs.last_line(workdir) > 20, signal.SIGTERM)
+
+
+def test_one_of_two_processes_killed_then_signalled_stops_both_and_one_process_goes_on(
+    whole, start, tmp_path
+):
+    workdir = tmp_path / "run"
+
+    both = start_two(start, "killed")
+    both[1].send_when(lambda: runs.is_between_saves(workdir), signal.SIGKILL)
+    assert both[1].wait() == -signal.SIGKILL
+    assert both[0].wait(60) != 0  # which would wait for the other forever
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in both[0].log.read_text()
+    saved, logged = runs.saved(workdir)[-1], runs.last_line(workdir)
+    assert saved < logged < 150
+
+    both = start_two(start, "stopped")
+    both[1].send_when(lambda: runs.last_line(workdir) > logged, signal.SIGTERM)
     assert [run.wait() for run in both] == [0, 0]
     step = stopped_at(both[0].log)
     assert step == runs.saved(workdir)[-1] < 150 and step % 7 == 0  # they talk when they log

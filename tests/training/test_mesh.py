@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -90,6 +91,15 @@ def test_the_first_rule_that_matches_decides_alone():
 def test_a_bad_rule_is_an_error_before_anything_is_computed(rule, message):
     with pytest.raises(ValueError, match=message):
         specs(mesh(fsdp=8), (rule,))
+
+
+def test_a_rule_behind_others_that_match_all_its_parameters_is_an_error():
+    rules = ("mlp_in=-", "out/bias=-", "mlp_in/kernel=fsdp,-")
+    with pytest.raises(ValueError, match="'mlp_in/kernel=fsdp,-' decides nothing.*block_0/mlp_in"):
+        specs(mesh(fsdp=8), rules)
+    block = specs(mesh(fsdp=8), (rules[2], rules[0], "mlp_(in|out)/bias=fsdp"))["block"]
+    assert block["mlp_in"] == {"kernel": P(("fsdp",), None), "bias": P(None)}
+    assert block["mlp_out"]["bias"] == P(("fsdp",))
 
 
 def test_a_network_without_tensor_rules_needs_them_written_out():
@@ -264,7 +274,11 @@ def test_a_run_is_read_on_its_own_mesh_where_that_fits_else_whole(config):
         changed = plan.experiment.config.copy_and_resolve_references()
         changed.mesh.update(sizes)
         experiment = dataclasses.replace(plan.experiment, config=changed)
-        found = place_to_read(experiment, plan.init)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = place_to_read(experiment, plan.init)
+        said = "fsdp 3, tensor 1) does not fit the devices here, 8: each of them holds the whole state"
+        assert [said in str(one.message) for one in told] == ([True] if "data" in expected else [])
         assert {k: v for k, v in found.mesh.shape.items() if v > 1} == expected
 
 

@@ -183,6 +183,24 @@ def test_every_section_and_the_data_are_compared(tmp_path, monkeypatch):
     assert {"config.data", "config.train", "config.optimizer", "config.seed"} < set(compared)
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_other_commands_compare_their_arguments(command, tmp_path, monkeypatch, capsys):
+    compared = {}
+
+    def same(what, text):
+        compared[what] = text
+        if what == "--seed":  # after most others: they come in the order of their names
+            raise ValueError(f"the processes differ in {what}; this one has {text}")
+
+    monkeypatch.setattr(parallel, "same", same)
+    arguments = ["--workdir", str(tmp_path / "no run"), "--seed", "3", "--guidance", "2"]
+    assert main([command, *arguments]) == 2
+    assert "error: the processes differ in --seed; this one has 3\n" in capsys.readouterr().err
+    assert compared["--guidance"] == "2.0" and compared["--ema"] == "None"
+    assert {"--best", "--count", "--batch-size", "--grid-option"} < set(compared)
+    assert not {"--workdir", "--process-id", "--quiet"} & set(compared)
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_a_workdir_of_which_one_process_sees_nothing_is_refused(alone, tmp_path, monkeypatch, made):
     plan, _, _ = alone
@@ -258,6 +276,10 @@ def test_a_plain_host_is_one_process(plain):
             {"JAXDIFF_COORDINATOR": "h:1", "JAXDIFF_PROCESSES": "2", "JAXDIFF_PROCESS_ID": "1"},
             (("h:1", 2, 1), {"cluster_detection_method": "deactivate"}),
         ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "JAXDIFF_HEARTBEAT": "30"},
+            ((), {"heartbeat_timeout_seconds": 30}),
+        ),
     ],
 )
 def test_several_tasks_are_joined(plain, environment, found):
@@ -277,6 +299,7 @@ def test_several_tasks_are_joined(plain, environment, found):
         ({"coordinator": "h:1", "processes": 2, "process_id": 2}, "process_id 2 of 2"),
         ({"coordinator": "host", "processes": 2, "process_id": 0}, "HOST:PORT .* got 'host'"),
         ({"mode": "off", "processes": 2}, "'off' takes no"),
+        ({"mode": "on", "heartbeat": 0}, "heartbeat must be at least 1 second, got 0"),
     ],
 )
 def test_half_an_answer_is_an_error(plain, arguments, message):
