@@ -29,7 +29,7 @@ from jaxdiff.models.network import (
     check_remat,
     rematerialised,
 )
-from jaxdiff.models.unet import AttentionBlock, BlockStyle, ResBlock, attending_levels
+from jaxdiff.models.unet_blocks import AttentionBlock, BlockStyle, ResBlock, attending_levels
 
 EMBEDDINGS = ("positional", "fourier")
 ENCODERS = ("standard", "skip", "residual")

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.models.embeddings import (
     DEFAULT_INIT,
@@ -20,163 +20,35 @@ from jaxdiff.models.embeddings import (
 )
 from jaxdiff.models.network import (
     ImageNetwork,
-    SelfAttention,
     block_factors,
     check_image,
     check_remat,
     rematerialised,
-    scaled,
+)
+from jaxdiff.models.unet_blocks import (
+    ADM,
+    DDPM,
+    AttentionBlock,
+    ResBlock,
+    attending_levels,
+    doubled,
+    halved,
 )
 
 RESAMPLINGS = ("block", "conv")
 _CONDITIONS = ("label", "image", "augment")
 
 
-def num_groups(channels: int) -> int:
-    """Groups of a GroupNorm: at most 32, of at least 4 channels, and a divisor of `channels`.
-
-    32 (ADM's number) wherever 32 divides 128 or more channels.
-    """
-    most = max(1, min(32, channels // 4))
-    return max(g for g in range(1, most + 1) if channels % g == 0)
-
-
-def num_heads(channels: int, head_channels: int) -> int:
-    """Heads of an attention over `channels`; fewer channels than head_channels make one head."""
-    if channels <= head_channels:
-        return 1
-    if channels % head_channels:
-        raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
-    return channels // head_channels
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockStyle:
-    """Where the papers' blocks differ.
+class Features:
+    """What a UNet's decoder takes of its encoder: `middle` [batch, h, w, channels] and the `skips`, in
+    the encoder's order. Static: `channels` and `dtype` of the image."""
 
-    Attributes:
-      adaptive_scale: the embedding scales and shifts after the second norm; else it is added before.
-      skip_scale: factor of each sum of a residual and its skip connection.
-      epsilon: of the norms.
-      project: a skip connection that is resampled also goes through a 1 x 1 convolution.
-      qkv_init: of the queries, keys and values.
-    """
-
-    adaptive_scale: bool = True
-    skip_scale: float = 1.0
-    epsilon: float = 1e-5
-    project: bool = False
-    qkv_init: Callable = DEFAULT_INIT
-
-    def norm(self, x: Array, dtype: Any, name: str) -> Array:
-        groups = num_groups(x.shape[-1])
-        return nn.GroupNorm(groups, epsilon=self.epsilon, dtype=dtype, name=name)(x)
-
-    def scaled(self, h: Array) -> Array:
-        return h if self.skip_scale == 1.0 else h * self.skip_scale
-
-
-ADM = BlockStyle()
-DDPM = BlockStyle(adaptive_scale=False)
-
-
-def _up(x):
-    return x.repeat(2, axis=1).repeat(2, axis=2)
-
-
-def _down(x):
-    return nn.avg_pool(x, (2, 2), (2, 2))
-
-
-class ResBlock(nn.Module):
-    """ADM's residual block, with `resample` (`_up`, `_down` or None) inside both branches.
-
-        skip(x) + conv_0 silu(GN(conv silu(GN(x))) (1 + scale) + shift)
-
-    scale and shift are linear in silu(c); conv_0 starts at zero; skip is a 1 x 1 convolution where
-    the number of channels changes. A `keep` of 0 leaves skip(x), of a resampled x. `style` has what
-    DDPM's and DDPM++'s blocks do otherwise.
-    """
-
-    channels: int
-    resample: Callable | None
-    dropout: float
-    dtype: Any
-    style: BlockStyle = ADM
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch h w channels"], c: Float[Array, "batch features"], train: bool,
-        keep: Any = None,
-    ) -> Float[Array, "batch h_out w_out channels_out"]:  # fmt: skip
-        def conv(size, name, init=DEFAULT_INIT):
-            return nn.Conv(
-                self.channels, (size, size), kernel_init=init, dtype=self.dtype, name=name
-            )
-
-        style = self.style
-        h = nn.silu(style.norm(x, self.dtype, "norm_in"))
-        if self.resample is not None:
-            x, h = self.resample(x), self.resample(h)
-        h = conv(3, "conv_in")(h)
-        modulation = nn.Dense(
-            self.channels * (1 + style.adaptive_scale), kernel_init=DEFAULT_INIT, dtype=self.dtype,
-            name="modulation",
-        )(nn.silu(c))[:, None, None]  # fmt: skip
-        if style.adaptive_scale:
-            scale, shift = jnp.split(modulation, 2, axis=-1)
-            h = nn.silu(style.norm(h, self.dtype, "norm_out") * (1 + scale) + shift)
-        else:
-            h = nn.silu(style.norm(h + modulation, self.dtype, "norm_out"))
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        h = conv(3, "conv_out", nn.initializers.zeros)(h)
-        if x.shape[-1] != self.channels or (style.project and self.resample is not None):
-            x = conv(1, "skip")(x)
-        return style.scaled(x + scaled(keep, h))
-
-
-class AttentionBlock(nn.Module):
-    """x + attention(GN(x)) over all pixels; the output projection starts at zero."""
-
-    head_channels: int
-    attention: Callable
-    dtype: Any
-    style: BlockStyle = ADM
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch h w channels"], keep: Any = None
-    ) -> Float[Array, "batch h w channels"]:
-        batch, _, _, channels = x.shape
-        h = self.style.norm(x, self.dtype, "norm").reshape(batch, -1, channels)
-        heads = num_heads(channels, self.head_channels)
-        h = SelfAttention(
-            heads, None, self.attention, nn.initializers.zeros, self.dtype, self.style.qkv_init,
-            name="attention",
-        )(h)  # fmt: skip
-        return self.style.scaled(x + scaled(keep, h.reshape(x.shape)))
-
-
-def attending_levels(
-    shape: tuple[int, ...], levels: int, resolutions: tuple[int, ...]
-) -> list[bool]:
-    """Whether each level attends, for an x of this shape: its shorter side is in `resolutions`.
-
-    Raises ValueError for a size that 2^(levels - 1) does not divide, and for resolutions that no
-    level has.
-    """
-    _, height, width, _ = shape
-    factor = 2 ** (levels - 1)
-    if height % factor or width % factor:
-        raise ValueError(
-            f"{levels} levels need a size divisible by {factor}, got {height} x {width}"
-        )
-    sizes = [min(height, width) // 2**i for i in range(levels)]
-    if absent := [size for size in resolutions if size not in sizes]:
-        raise ValueError(
-            f"attention_resolutions {absent} are not among the feature map sizes {sizes}"
-        )
-    return [size in resolutions for size in sizes]
+    middle: Array
+    skips: tuple[Array, ...]
+    channels: int = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
 
 
 class UNet(ImageNetwork):
@@ -277,17 +149,40 @@ class UNet(ImageNetwork):
             add("up", level, self.num_blocks + 1, level > 0)
         return tuple(names)
 
-    @nn.compact
+    def encode(
+        self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None
+    ) -> Features:
+        """The way down and the middle: `apply(variables, x, t, cond, method="encode")`.
+
+        The network is decode(encode(x, t, cond), t, cond), also where t [batch] differs.
+        """
+        return self._run(x, t, cond, False, None, "encode")
+
+    def decode(
+        self, features: Features, t: ArrayLike, cond: Any = None
+    ) -> Float[Array, "batch height width channels"]:
+        """The way up, from `encode`'s features: `apply(variables, features, t, cond,
+        method="decode")`. `t` may be another than the encoder's."""
+        return self._run(features, t, cond, False, None, "decode")[..., : features.channels]
+
     def _forward(self, x, t, cond, train, keep):
-        check_image(x)
+        return self._run(x, t, cond, train, keep, "all")
+
+    @nn.compact
+    def _run(self, x, t, cond, train, keep, part):
+        """The network, or the part "encode" or "decode" of it; x of "decode" is `Features`."""
+        image = x.skips[0] if part == "decode" else x
+        check_image(image)
         check_rng(self, "dropout", self.dropout, train)
-        attends = self._attends(x.shape)
-        factors = block_factors(keep, self.blocks(x.shape))
+        attends = self._attends(image.shape)
+        factors = block_factors(keep, self.blocks(image.shape))
         cond = read_cond(cond, _CONDITIONS)
         c = ConditionEmbedding(
             4 * self.width, self.width, self.time_scale, self.num_classes, self.label_dropout,
             augment_dim=self.augment_dim, name="condition",
-        )(t, cond.get("label"), x.shape[0], train, cond.get("augment"), cond.get("rows"))  # fmt: skip
+        )(
+            t, cond.get("label"), image.shape[0], train, cond.get("augment"), cond.get("rows")
+        )  # fmt: skip
         res_block = rematerialised(ResBlock, self.remat, static_argnums=(3,))
         attention_block = rematerialised(AttentionBlock, self.remat)
 
@@ -309,42 +204,53 @@ class UNet(ImageNetwork):
 
         def down(h, name):
             if self.resample == "block":
-                return residual(h, h.shape[-1], name, _down)
+                return residual(h, h.shape[-1], name, halved)
             return conv(h, h.shape[-1], name, strides=2)
 
         def up(h, name):
             if self.resample == "block":
-                return residual(h, h.shape[-1], name, _up)
-            return conv(_up(h), h.shape[-1], name)
+                return residual(h, h.shape[-1], name, doubled)
+            return conv(doubled(h), h.shape[-1], name)
 
         widths = [int(self.width * m) for m in self.multipliers]
-        h = conv(self._inputs(x, cond), widths[0], "in")
-        skips = [h]
-        for level, channels in enumerate(widths):
-            for i in range(self.num_blocks):
-                h = residual(h, channels, f"down_{level}_block_{i}")
-                if attends[level]:
-                    h = attend(h, f"down_{level}_attention_{i}")
-                skips.append(h)
-            if level < len(widths) - 1:
-                h = down(h, f"down_{level}_resample")
-                skips.append(h)
-        h = residual(h, widths[-1], "middle_block_0")
-        h = attend(h, "middle_attention")
-        h = residual(h, widths[-1], "middle_block_1")
-        for level, channels in reversed(list(enumerate(widths))):
-            for i in range(self.num_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = residual(h, channels, f"up_{level}_block_{i}")
-                if attends[level]:
-                    h = attend(h, f"up_{level}_attention_{i}")
-            if level > 0:
-                h = up(h, f"up_{level}_resample")
-        h = nn.silu(style.norm(h, self.dtype, "norm_out"))
-        return conv(
-            h, x.shape[-1] * (1 + self.learn_sigma), "out",
-            kernel_init=nn.initializers.zeros, dtype=jnp.promote_types(x.dtype, jnp.float32),
-        )  # fmt: skip
+
+        def encoder(x):
+            h = conv(self._inputs(x, cond), widths[0], "in")
+            skips = [h]
+            for level, channels in enumerate(widths):
+                for i in range(self.num_blocks):
+                    h = residual(h, channels, f"down_{level}_block_{i}")
+                    if attends[level]:
+                        h = attend(h, f"down_{level}_attention_{i}")
+                    skips.append(h)
+                if level < len(widths) - 1:
+                    h = down(h, f"down_{level}_resample")
+                    skips.append(h)
+            h = residual(h, widths[-1], "middle_block_0")
+            h = attend(h, "middle_attention")
+            h = residual(h, widths[-1], "middle_block_1")
+            return Features(h, tuple(skips), x.shape[-1], str(x.dtype))
+
+        def decoder(features):
+            h, skips = features.middle, list(features.skips)
+            for level, channels in reversed(list(enumerate(widths))):
+                for i in range(self.num_blocks + 1):
+                    h = jnp.concatenate([h, skips.pop()], axis=-1)
+                    h = residual(h, channels, f"up_{level}_block_{i}")
+                    if attends[level]:
+                        h = attend(h, f"up_{level}_attention_{i}")
+                if level > 0:
+                    h = up(h, f"up_{level}_resample")
+            h = nn.silu(style.norm(h, self.dtype, "norm_out"))
+            return conv(
+                h, features.channels * (1 + self.learn_sigma), "out",
+                kernel_init=nn.initializers.zeros,
+                dtype=jnp.promote_types(features.dtype, jnp.float32),
+            )  # fmt: skip
+
+        if part == "encode":
+            return encoder(x)
+        return decoder(x if part == "decode" else encoder(x))
 
     def _attends(self, shape: tuple[int, ...]) -> list[bool]:
         return attending_levels(shape, len(self.multipliers), self.attention_resolutions)

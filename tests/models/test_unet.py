@@ -5,12 +5,12 @@ import pytest
 from scipy.signal import correlate2d
 
 from jaxdiff.models import UNet
-from jaxdiff.models.unet import (
+from jaxdiff.models.unet_blocks import (
     DDPM,
     AttentionBlock,
     ResBlock,
-    _down,
-    _up,
+    doubled,
+    halved,
     num_groups,
     num_heads,
 )
@@ -130,7 +130,7 @@ def four_copies(h):
 
 @pytest.mark.parametrize(
     "channels, resample, plain",
-    [(8, None, lambda h: h), (12, _down, mean_of_four), (8, _up, four_copies)],
+    [(8, None, lambda h: h), (12, halved, mean_of_four), (8, doubled, four_copies)],
 )
 def test_residual_block_is_adm_s(channels, resample, plain, random_variables, jit):
     module = ResBlock(channels, resample, 0.0, jnp.float32)
