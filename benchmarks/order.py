@@ -22,7 +22,7 @@ from listed import DETERMINISTIC, SETTINGS, build  # noqa: E402
 from oracles import fitted_order  # noqa: E402
 
 SPACING = "half_log_snr"
-STEPS = protocol.STEPS[SPACING]
+STEPS = (80, 160, 320, 640)
 DRAWN = (
     "ddim", "heun", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "dpm_solver_pp_3m_singlestep",
     "dpm_solver_pp_3m_published", "unipc_2", "unipc_2_vary_coeff_published", "f_pndm", "deis_tab3",

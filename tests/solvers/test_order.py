@@ -2,9 +2,9 @@
 
 Protocol: float64, a mixture of broad components in 2 and in 16 dimensions, starts drawn from the
 marginal, exact end points, two spans (from t_max, and from t = 0.6, where a low-order start shows),
-three grids, 80 to 640 steps (160 and 320 in 16 dimensions), the median error of 64 samples (24 in 16
-dimensions), the slope fitted above rounding. All tables of a family with about as many rows run in
-one vmapped program.
+three grids, 160 and 320 steps, the median error of 64 samples (24 in 16 dimensions), the slope above
+rounding. All tables of a family with about as many rows run in one vmapped program; small families
+share one. benchmarks/order.py fits 80 to 640 steps.
 """
 
 import dataclasses
@@ -19,9 +19,8 @@ from oracles import BROAD, WIDE, fitted_order, median_error
 
 import jaxdiff as jd
 
-# The largest tables take most of the time: on one grid only, and in 2 dimensions.
-STEPS = {"half_log_snr": (80, 160, 320, 640), "karras": (160, 320), "quadratic": (160, 320)}
-FEWER = (160, 320)
+SPACINGS = "half_log_snr", "karras", "quadratic"
+STEPS = (160, 320)
 SPANS = {"whole": (1.0, 1e-2), "inner": (0.6, 0.05)}
 MIXTURES = {2: BROAD, 16: WIDE}
 PROCESS = jd.processes.vp_linear()
@@ -50,27 +49,33 @@ def errors(dim, cases, measure=median_error):
     return [measure(x, start_and_end(dim, span)[1]) for x, (span, _) in zip(ends, cases)]
 
 
+SMALL = tuple(family for family in FAMILIES if len(members(family, DETERMINISTIC)) < 16)
+
+
 @functools.cache
-def orders(family):
-    """{(name, dim, spacing, span): fitted order} of a family's deterministic settings."""
+def orders_of(families):
+    """{(name, dim, spacing, span): fitted order} of families' deterministic settings."""
     keys = [
         (name, spacing, span)
-        for name in members(family, DETERMINISTIC) for spacing in STEPS for span in SPANS
+        for family in families for name in members(family, DETERMINISTIC)
+        for spacing in SPACINGS for span in SPANS
     ]  # fmt: skip
+    # A table takes longer to make than to run: made once for both dimensions.
+    cases = [
+        (span, build(name, grid(spacing, span, steps)))
+        for name, spacing, span in keys
+        for steps in STEPS
+    ]
     found = {}
     for dim in MIXTURES:
-        counts = STEPS if dim == 2 else dict.fromkeys(STEPS, FEWER)
-        cases = [
-            (span, build(name, grid(spacing, span, steps)))
-            for name, spacing, span in keys
-            for steps in counts[spacing]
-        ]
-        left = iter(errors(dim, cases))
-        for name, spacing, span in keys:
-            steps = counts[spacing]
-            row = [next(left) for _ in steps]
-            found[name, dim, spacing, span] = fitted_order(steps, row)
+        rows = np.reshape(errors(dim, cases), (len(keys), len(STEPS)))
+        for (name, spacing, span), row in zip(keys, rows):
+            found[name, dim, spacing, span] = fitted_order(STEPS, row)
     return found
+
+
+def orders(family):
+    return orders_of(SMALL if family in SMALL else (family,))
 
 
 ORDER_CASES = [(family, name) for family in FAMILIES for name in members(family, DETERMINISTIC)]

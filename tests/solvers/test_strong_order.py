@@ -92,19 +92,21 @@ def mixture():
 
 @functools.cache
 def runs():
-    """{name: {steps: end points}}, and the walks; all tables in one program."""
+    """{name: {steps: end points}}, and the walks; one program for `FINE`, one for the others."""
     with jax.enable_x64(True):
         tables = {(name, n): build(name, n) for name in CLOCKED for n in (*STEPS, FINE)}
         forms = {table.brownian for table in tables.values()}
         walks = {form: Walk(form, tables.values()) for form in forms}
-        found = [walks[table.brownian].noise(table) for table in tables.values()]
-        longest = max(len(z) for z in found)
-        noise = np.stack([np.pad(z, ((0, longest - len(z)), (0, 0), (0, 0))) for z in found])
         run = jax.vmap(lambda table, z: jd.sample(mixture(), table, start(), noise=z))
-        out = run(jd.solvers.stack(list(tables.values())), jnp.asarray(noise))
         ends = {name: {} for name in CLOCKED}
-        for (name, steps), x in zip(tables, np.asarray(out)):
-            ends[name][steps] = x
+        for counts in (STEPS, (FINE,)):
+            chosen = {key: table for key, table in tables.items() if key[1] in counts}
+            found = [walks[table.brownian].noise(table) for table in chosen.values()]
+            longest = max(len(z) for z in found)
+            noise = np.stack([np.pad(z, ((0, longest - len(z)), (0, 0), (0, 0))) for z in found])
+            out = run(jd.solvers.stack(list(chosen.values())), jnp.asarray(noise))
+            for (name, steps), x in zip(chosen, np.asarray(out)):
+                ends[name][steps] = x
     return ends, walks
 
 

@@ -22,9 +22,9 @@ def gaussian(process, mean=MEAN, std=STD, dim=3):
 def test_for_gaussian_data_the_analytic_first_step_changes_nothing(x64, process):
     """Of any sampler in the list, noisy ones included, but its evaluations: one less."""
     x = np.random.default_rng(0).normal(size=(4, 3))
+    tables = []
     for end in ("t_min", "zero")[: 2 if process is VP else 1]:  # flow is at sigma = 0 at t_min
         grid = jd.grids.power(process, 4, 2.0, end=end)
-        tables = []
         for name, (entry, setting) in SETTINGS.items():
             if grid.ends[0] and not entry.ends_of(setting)[0]:
                 continue
@@ -33,9 +33,9 @@ def test_for_gaussian_data_the_analytic_first_step_changes_nothing(x64, process)
                 continue
             tables += [table, jd.solvers.analytic_first_step(table, MEAN, STD)]
             assert tables[-1].nfe == tables[-2].nfe - 1, name
-        noise = np.random.default_rng(1).normal(size=(max(t.draws for t in tables), 4, 3))
-        out = np.stack(run_all(gaussian(process), tables, x, noise=noise))
-        np.testing.assert_allclose(out[1::2], out[::2], rtol=1e-9, atol=1e-9)
+    noise = np.random.default_rng(1).normal(size=(max(t.draws for t in tables), 4, 3))
+    out = np.stack(run_all(gaussian(process), tables, x, noise=noise))
+    np.testing.assert_allclose(out[1::2], out[::2], rtol=1e-9, atol=1e-9)
 
 
 def test_the_analytic_step_takes_a_mean_for_each_coordinate(x64):

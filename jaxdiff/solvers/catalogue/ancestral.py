@@ -56,7 +56,6 @@ ENTRIES: tuple[Entry, ...] = (
                 {"solver_type": "midpoint"}, 1.5, False, strong=1
             ),
             "dpm_solver_pp_2s_sde": Setting({"order": 2}, 2, False, strong=1),
-            "dpm_solver_pp_3s_sde_diffusers": Setting({"variant": "diffusers"}, 0, False),
             # 1 in the limit: 0.93 at 160 to 640 steps.
             "dpm_solver_pp_2s_sde_diffusers": Setting(
                 {"order": 2, "variant": "diffusers"}, 0.5, False
