@@ -4,6 +4,7 @@ import importlib as _importlib
 
 from jaxdiff import grids as grids
 from jaxdiff import guidance as guidance
+from jaxdiff import inversion as inversion
 from jaxdiff import losses as losses
 from jaxdiff import ode as ode
 from jaxdiff import predictions as predictions
@@ -26,8 +27,8 @@ from jaxdiff.sampling import sample as sample
 
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
 _LAZY = (
-    "ablation", "calibration", "controls", "data", "learned_variance", "metrics", "models",
-    "parallel", "training",
+    "ablation", "acceleration", "calibration", "controls", "data", "diagnostics", "editing",
+    "gradients", "learned_variance", "metrics", "models", "parallel", "training",
 )  # fmt: skip
 
 
