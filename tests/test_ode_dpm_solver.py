@@ -181,9 +181,7 @@ def test_encode_inverts_and_saved_times_are_between_steps(x64):
     for t, got in zip(times, path.x):
         np.testing.assert_allclose(got, BROAD.flow(x, level(1.0), level(t)), rtol=0, atol=2e-5)
     back = ode.encode(mixture(), VP, path.x[1], t_min=0.3, t_max=0.8, solver=solver, **options)
-    np.testing.assert_allclose(
-        back.x, BROAD.flow(x, level(1.0), level(0.8)), rtol=0, atol=5e-5
-    )
+    np.testing.assert_allclose(back.x, BROAD.flow(x, level(1.0), level(0.8)), rtol=0, atol=5e-5)
 
 
 def test_from_a_flow_process_and_in_float32():

@@ -1,5 +1,9 @@
 """Steps that depend on the state: a tableau, and a control that changes what it does between rows."""
 
+from jaxdiff.controls.density import DensityState as DensityState
+from jaxdiff.controls.density import ItoDensity as ItoDensity
+from jaxdiff.controls.density import ito_density as ito_density
+from jaxdiff.controls.density import ito_increment as ito_increment
 from jaxdiff.controls.diff_ier import DiffIER as DiffIER
 from jaxdiff.controls.diff_ier import DiffIERState as DiffIERState
 from jaxdiff.controls.diff_ier import diff_ier as diff_ier

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.integrator import like
 from jaxdiff.ode.terms import Problem, probability_flow
 from jaxdiff.predictions import affine
+from jaxdiff.rows import like
 from jaxdiff.solvers.clocks import check_choice
 from jaxdiff.solvers.phi import phis
 

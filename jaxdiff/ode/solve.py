@@ -69,7 +69,7 @@ def encode(
 
 
 def _span(process, t_min, t_max):
-    _check_process(process)
+    check_process(process)
     return (process.t_max if t_max is None else t_max), (process.t_min if t_min is None else t_min)
 
 
@@ -112,15 +112,41 @@ def solve(
     span that reaches alpha = 0 or sigma = 0 (pass t_max or t_min), a solver that is not for ODEs, a
     fixed-step solver under an adaptive controller, a denoiser with memory or several outputs.
     """
+    run = prepare(
+        denoiser, process, x, t_start, t_end, cond, form, solver, stepsize_controller, dt0, save_at,
+        adjoint, progress_meter,
+    )  # fmt: skip
+    return _solve(run, save_at is not None, probability_flow(form), max_steps)
+
+
+class Run(NamedTuple):
+    """Checked arguments of a call, as arrays; `clocks` and `alphas` at its times."""
+
+    args: Problem
+    x: Any
+    clocks: Any
+    alphas: Any
+    dt0: Any
+    solver: diffrax.AbstractSolver
+    controller: diffrax.AbstractStepSizeController
+    adjoint: diffrax.AbstractAdjoint
+    meter: diffrax.AbstractProgressMeter
+
+
+def prepare(
+    denoiser: Any, process: Any, x: Any, t_start: Any, t_end: Any, cond: Any, form: str, solver: Any,
+    controller: Any, dt0: Any, save_at: Any, adjoint: Any, meter: Any,
+) -> Run:  # fmt: skip
+    """The arguments of `solve`, with its defaults and its errors, for one compiled program."""
     solver = diffrax.Tsit5() if solver is None else solver
-    if stepsize_controller is None:
-        stepsize_controller = diffrax.PIDController(rtol=1e-5, atol=1e-5, norm=sample_norm)
+    if controller is None:
+        controller = diffrax.PIDController(rtol=1e-5, atol=1e-5, norm=sample_norm)
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    meter = diffrax.NoProgressMeter() if progress_meter is None else progress_meter
+    meter = diffrax.NoProgressMeter() if meter is None else meter
     check_form(form)
-    _check_process(process)
+    check_process(process)
     _check_denoiser(denoiser)
-    _check_method(solver, stepsize_controller, dt0, adjoint)
+    _check_method(solver, controller, dt0, adjoint)
     x = jax.tree.map(_as_state, x)
     wide = jnp.result_type(*jax.tree.leaves(x))
     # start, saved ..., end: in float64 on the host, unless something is traced.
@@ -129,19 +155,23 @@ def solve(
     times = xp.concatenate([xp.atleast_1d(xp.asarray(t) * 1.0) for t in (t_start, *saved, t_end)])
     _check_times(process, times)
     clocks = clock(process, times, form)
-    if dt0 is None and isinstance(stepsize_controller, diffrax.AbstractAdaptiveStepSizeController):
+    if dt0 is None and isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
         dt0 = _first_step(process, t_start, t_end, form)
     alphas = process.alpha(times) if form == "rho" else xp.ones_like(times)
-    clocks, alphas, dt0, stepsize_controller = jax.tree.map(
-        lambda a: jnp.asarray(a, wide) if eqx.is_inexact_array_like(a) else a,
-        (clocks, alphas, dt0, stepsize_controller),
+    clocks, alphas, dt0, controller, adjoint = jax.tree.map(
+        lambda a: jnp.asarray(a, wide) if _is_real(a) else a,
+        (clocks, alphas, dt0, controller, adjoint),
     )
     args = as_arrays(Problem(denoiser, process, cond))
     args = args._replace(structure=structure_hash(args, x))
-    return _solve(
-        args, x, clocks, alphas, dt0, save_at is not None, probability_flow(form), solver,
-        stepsize_controller, max_steps, adjoint, meter,
-    )  # fmt: skip
+    return Run(args, x, clocks, alphas, dt0, solver, controller, adjoint, meter)
+
+
+def _is_real(leaf: Any) -> bool:
+    # equinox's is_inexact_array_like fails on tracers of jax 0.10.2.
+    return isinstance(leaf, (float, np.floating)) or (
+        isinstance(leaf, (np.ndarray, jax.Array)) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
 
 
 def _first_step(process, t_start, t_end, form):
@@ -152,34 +182,37 @@ def _first_step(process, t_start, t_end, form):
 
 
 @eqx.filter_jit
-def _solve(
-    args, x, clocks, alphas, dt0, saves, term, solver, controller, max_steps, adjoint, meter
-):
-    counts = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
-    solution = diffrax.diffeqsolve(
-        term, solver, clocks[0], clocks[-1],
-        None if dt0 is None else jnp.abs(dt0) * jnp.sign(clocks[-1] - clocks[0]),
-        jax.tree.map(lambda a: a / alphas[0], x), args,
-        saveat=diffrax.SaveAt(
-            ts=clocks[1:-1] if saves else None, t1=not saves, controller_state=counts
-        ),
-        stepsize_controller=Counted(controller) if counts else controller,
-        adjoint=adjoint, max_steps=max_steps, progress_meter=meter,
-    )  # fmt: skip
-    y = solution.ys
+def _solve(run, saves, term, max_steps):
+    y0 = jax.tree.map(lambda a: a / run.alphas[0], run.x)
+    solution, nfe = integrate(
+        run, term, y0, run.args, run.clocks[1:-1] if saves else None, max_steps
+    )
     if saves:
-        x = jax.tree.map(lambda a: jax.vmap(jnp.multiply)(alphas[1:-1], a), y)
+        x = jax.tree.map(lambda a: jax.vmap(jnp.multiply)(run.alphas[1:-1], a), solution.ys)
     else:
-        x = jax.tree.map(lambda a: alphas[-1] * a[0], y)
+        x = jax.tree.map(lambda a: run.alphas[-1] * a[0], solution.ys)
     stats = solution.stats
-    nfe = evaluations(solver, stats["num_steps"], solution.controller_state)
     return Solution(x, nfe, stats["num_accepted_steps"], stats["num_rejected_steps"])
+
+
+def integrate(run: Run, term: Any, y0: Any, args: Any, ts: Any, max_steps: int) -> tuple[Any, Any]:
+    """(diffrax's solution at the clocks `ts`, or at the end if None; evaluations, or None)."""
+    counts = isinstance(run.controller, diffrax.AbstractAdaptiveStepSizeController)
+    start, end = run.clocks[0], run.clocks[-1]
+    solution = diffrax.diffeqsolve(
+        term, run.solver, start, end,
+        None if run.dt0 is None else jnp.abs(run.dt0) * jnp.sign(end - start), y0, args,
+        saveat=diffrax.SaveAt(ts=ts, t1=ts is None, controller_state=counts),
+        stepsize_controller=Counted(run.controller) if counts else run.controller,
+        adjoint=run.adjoint, max_steps=max_steps, progress_meter=run.meter,
+    )  # fmt: skip
+    return solution, evaluations(run.solver, solution.stats["num_steps"], solution.controller_state)
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_process(process: Any) -> None:
+def check_process(process: Any) -> None:
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
 

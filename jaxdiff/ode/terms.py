@@ -14,10 +14,10 @@ from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import namespace
 from jaxdiff.denoisers import Denoiser
-from jaxdiff.integrator import like
 from jaxdiff.noise import per_sample
 from jaxdiff.predictions import affine
 from jaxdiff.processes import Process
+from jaxdiff.rows import like
 
 FORMS = ("rho", "lambda")
 
@@ -109,7 +109,7 @@ class SamplePaths(diffrax.AbstractBrownianPath):
         return eqx.tree_at(lambda o: o.dt, out, out.dt[0]) if use_levy else out
 
 
-def _level(lam, rho, args, x):
+def level_at(lam, rho, args, x):
     """(t, alpha, sigma) in the state's dtype; alpha / sigma is the clock's to rounding."""
     t = args.process.time(lam)
     alpha = args.process.alpha(t)
@@ -117,7 +117,7 @@ def _level(lam, rho, args, x):
     return tuple(jnp.asarray(a, dtype) for a in (t, alpha, rho * alpha))
 
 
-def _eps(level, x, args):
+def eps_of(level, x, args):
     """(o, u, w) with eps = u o + w x."""
     denoiser = args.denoiser
     return (
@@ -127,19 +127,26 @@ def _eps(level, x, args):
 
 
 def _rho_flow(rho, y, args):
-    level = _level(-jnp.log(rho), rho, args, y)
+    level = level_at(-jnp.log(rho), rho, args, y)
     x = jax.tree.map(lambda a: level[1] * a, y)
-    out, u, w = _eps(level, x, args)
+    out, u, w = eps_of(level, x, args)
     return jax.tree.map(lambda o, a: u * o + w * a, out, x)
 
 
 def _lambda_drift(lam, x, args, factor):
-    """c x - factor sigma eps, one coefficient for x, so that nothing large cancels."""
-    level = _level(lam, jnp.exp(-lam), args, x)
+    level = level_at(lam, jnp.exp(-lam), args, x)
+    return lambda_slope(level, eps_of(level, x, args), x, args, factor)
+
+
+def lambda_slope(level, eps, x, args, factor=1.0):
+    """c x - factor sigma eps, one coefficient for x, so that nothing large cancels.
+
+    `eps` is (o, u, w) of `eps_of`.
+    """
     t, _, sigma = level
     f, g2 = args.process.rates(t)
     c = jnp.asarray(-2.0 * f / g2, sigma.dtype) * sigma**2
-    out, u, w = _eps(level, x, args)
+    out, u, w = eps
     k = jnp.asarray(factor, sigma.dtype) * sigma
     return jax.tree.map(lambda o, a: -k * u * o + (c - k * w) * a, out, x)
 
@@ -153,7 +160,7 @@ def _reverse_drift(lam, x, args):
 
 
 def _reverse_diffusion(lam, x, args):
-    *_, sigma = _level(lam, jnp.exp(-lam), args, x)
+    *_, sigma = level_at(lam, jnp.exp(-lam), args, x)
     size = np.sqrt(2.0) * args.eta * sigma
     return lx.DiagonalLinearOperator(jax.tree.map(lambda a: jnp.full_like(a, size), x))
 
