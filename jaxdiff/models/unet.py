@@ -61,6 +61,8 @@ class UNet(ImageNetwork):
     (Xavier-uniform), the last one of each block and of the network at zero, so the output at
     initialisation is 0.
 
+    `encode` and `decode` are the way down with the middle, and the way up, on the same variables.
+
     With ADM's settings for ImageNet 64 (width 192, multipliers (1, 2, 3, 4), 3 blocks, attention at
     32, 16, 8, 1000 classes without null label, learn_sigma) it has the paper's 296M parameters;
     with DDPM's for CIFAR-10 (the defaults, resample "conv", adaptive_scale False, head_channels 256)
