@@ -7,6 +7,7 @@ from jaxdiff.solvers.ancestral import dpm_solver_pp_2s_ancestral as dpm_solver_p
 from jaxdiff.solvers.ancestral import euler_ancestral as euler_ancestral
 from jaxdiff.solvers.ancestral import kdpm2_ancestral as kdpm2_ancestral
 from jaxdiff.solvers.bdia import bdia as bdia
+from jaxdiff.solvers.belm import belm as belm
 from jaxdiff.solvers.catalogue import CATALOGUE as CATALOGUE
 from jaxdiff.solvers.catalogue import build as build
 from jaxdiff.solvers.catalogue import citation as citation
@@ -33,14 +34,21 @@ from jaxdiff.solvers.dpm_solver_sde import (
     dpm_solver_pp_sde_multistep as dpm_solver_pp_sde_multistep,
 )
 from jaxdiff.solvers.dpm_solver_sde import dpm_solver_sde_multistep as dpm_solver_sde_multistep
+from jaxdiff.solvers.dpm_solver_sde_nodes import (
+    dpm_solver_pp_sde_singlestep as dpm_solver_pp_sde_singlestep,
+)
 from jaxdiff.solvers.dpm_solver_v3 import dpm_solver_v3 as dpm_solver_v3
 from jaxdiff.solvers.dual_fast import dual_fast as dual_fast
 from jaxdiff.solvers.dual_fast import dual_fast_multistep as dual_fast_multistep
+from jaxdiff.solvers.edict import edict as edict
 from jaxdiff.solvers.er_sde import er_sde as er_sde
 from jaxdiff.solvers.exponential_rk import exponential_rk as exponential_rk
 from jaxdiff.solvers.first_order import ddim as ddim
 from jaxdiff.solvers.first_order import ddpm as ddpm
 from jaxdiff.solvers.gddim import gddim as gddim
+from jaxdiff.solvers.inverse import Recovery as Recovery
+from jaxdiff.solvers.inverse import inverse as inverse
+from jaxdiff.solvers.inverse import recovery as recovery
 from jaxdiff.solvers.langevin import annealed_langevin as annealed_langevin
 from jaxdiff.solvers.langevin import predictor_corrector as predictor_corrector
 from jaxdiff.solvers.momentum import ghvb as ghvb

@@ -89,6 +89,16 @@ PAPERS: Mapping[str, Paper] = {
         "Exact Diffusion Inversion via Bi-directional Integration Approximation", "BDIA",
         "2307.10829",
     ),
+    "belm": Paper(
+        "Wang, Fangyikang and Yin, Hubery and Dong, Yue-Jiang and Zhu, Huminhao and Zhang, Chao and "
+        "Zhao, Hanbin and Qian, Hui and Li, Chen", 2024,
+        "BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models",
+        "BELM", "2410.07273",
+    ),
+    "edict": Paper(
+        "Wallace, Bram and Gokul, Akash and Naik, Nikhil", 2023,
+        "EDICT: Exact Diffusion Inversion via Coupled Transformations", "EDICT", "2211.12446",
+    ),
     "dual_fast": Paper(
         "Yu, Hu and Luo, Hao and Wang, Fan and Zhao, Feng", 2025,
         "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models", "DualFast",

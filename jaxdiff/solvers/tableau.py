@@ -113,6 +113,12 @@ class Tableau:
         first = 0 if self.start.C is None else 1
         return max([first, *(np.asarray(self.draw)[noisy] + 1).tolist()])
 
+    def inverse(self) -> Tableau:
+        """The exact inverse as a sampler, where algebra allows: `jaxdiff.solvers.inverse`."""
+        from jaxdiff.solvers.inverse import inverse
+
+        return inverse(self)
+
 
 class Update(NamedTuple):
     """One register's new value: coefficients of the registers, of the integrands (newest first; each

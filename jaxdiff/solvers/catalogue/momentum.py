@@ -1,8 +1,10 @@
 """Entries: methods with momentum, and bi-directional ones."""
 
 from jaxdiff.solvers.bdia import bdia
+from jaxdiff.solvers.belm import belm
 from jaxdiff.solvers.catalogue.entry import Entry, Setting
 from jaxdiff.solvers.dual_fast import dual_fast_multistep
+from jaxdiff.solvers.edict import edict
 from jaxdiff.solvers.momentum import ghvb, heavy_ball_multistep
 
 ENTRIES: tuple[Entry, ...] = (
@@ -50,6 +52,22 @@ ENTRIES: tuple[Entry, ...] = (
             "bdia_dpm_solver_pp": Setting({"base": "dpm_solver_pp"}, 2),
         },
         1, "x0", (True, True), "bdia", "bi-directional",
+    ),
+    Entry(
+        "belm", belm,
+        {
+            "belm": Setting({}, 2),
+            "belm_flow": Setting(
+                {"integrand": "flow"}, 2, integrand="flow", ends=(True, True)
+            ),
+            "belm_v": Setting({"integrand": "v"}, 2, integrand="v", ends=(True, True)),
+        },
+        1, "eps", (False, True), "belm", "bi-directional",
+    ),
+    Entry(
+        "edict", edict,
+        {"edict": Setting({}, 1), "edict_in_turn": Setting({"alternate": False}, 1)},
+        2, "eps", (False, True), "edict", "bi-directional",
     ),
     Entry(
         "dual_fast_multistep", dual_fast_multistep,
