@@ -20,8 +20,20 @@ from jax.flatten_util import ravel_pytree
 
 from jaxdiff.arrays import jit_trees
 from jaxdiff.denoisers import Denoiser
-from jaxdiff.noise import BrownianPath, is_key_batch, normal, per_sample
-from jaxdiff.predictions import PREDICTIONS, affine
+from jaxdiff.noise import is_key_batch, per_sample
+from jaxdiff.predictions import PREDICTIONS
+from jaxdiff.rows import (
+    Coefficients,
+    at,
+    denoised,
+    draw_noise,
+    evaluate,
+    integrands,
+    like,
+    scale,
+    shift,
+    update,
+)
 from jaxdiff.solvers.tableau import Tableau
 
 SAVES = ("final", "trajectory", "nodes", "x0", "state")
@@ -99,19 +111,26 @@ class Control:
         return carry, aux
 
 
-class _Args(NamedTuple):
+class Args(NamedTuple):
+    """What travels through diffrax's `args`: data, none of it recompiled."""
+
     denoiser: Denoiser
     table: Tableau
+    coefficients: Coefficients
     cond: Any
     keys: Any  # per sample, or None
     noise: Any  # array of draws, BrownianPath, or None
     control_key: Any
     control: Any
-    times: Any  # (t, alpha, sigma) of every row in the network's float type
     structure: int  # see `integrate`
 
+    def draw(self, r: Any, number: Any, x: Any) -> Any:
+        """Noise number `number`, on row r's interval of the Brownian clock."""
+        clock = None if self.table.clock is None else self.table.clock[r]
+        return draw_noise(self.noise, self.keys, number, clock, x)
 
-class _Y(NamedTuple):
+
+class Y(NamedTuple):
     """What diffrax differentiates: floating-point state only."""
 
     registers: tuple[Any, ...]
@@ -134,13 +153,6 @@ class _RowTerm(diffrax.AbstractTerm):
         return vf
 
 
-def _evaluate(args: _Args, levels: Any, x: Any, memory: Any) -> tuple[tuple[Any, ...], Any, Any]:
-    """(outputs in the state's dtype, the denoiser's own output, new memory)."""
-    out, memory = args.denoiser.evaluate(x, *levels, args.cond, memory)
-    outs = (out,) if isinstance(args.denoiser.prediction, str) else tuple(out)
-    return tuple(like(x, o) for o in outs), out, memory
-
-
 class _TableauSolver(diffrax.AbstractSolver):
     term_structure: ClassVar = diffrax.AbstractTerm
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
@@ -159,100 +171,36 @@ class _TableauSolver(diffrax.AbstractSolver):
         r = jnp.round(t0).astype(jnp.int32)
         memory, aux = eqx.combine(y0.extra, solver_state)
         registers = y0.registers
-        info = RowInfo(r, *(_at(a, r) for a in args.times), table.active[r])
+        row = at(args.coefficients, r)
+        info = RowInfo(r, *row.times, table.active[r])
         if control is not None:
             x, aux = control.before(aux, info, registers[0], _control_key(args, r, 0))
             registers = (like(registers[0], x, "control.before"), *registers[1:])
         x = registers[0]
-        outs, out, memory = _evaluate(args, info[1:4], x, memory)
-        integrands = tuple(
-            jax.tree.map(jnp.add, _scale(_at(table.u, r, p), outs[min(p, len(outs) - 1)]),
-                         _scale(_at(table.w, r, p), x))
-            for p in range(table.outputs)
-        )  # fmt: skip
+        outs, out, memory = evaluate(args.denoiser, args.cond, row.times, x, memory)
+        new = integrands(row, outs, x, table.outputs)
         history = y0.history
         if table.history > 1:
             slot = r % table.history
             history = tuple(
                 jax.tree.map(lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, slot, 0), h, m)
-                for h, m in zip(history, integrands)
+                for h, m in zip(history, new)
             )
             kept = [
                 [jax.tree.map(lambda h, k=k: h[k], h) for h in history]
                 for k in range(table.history)
             ]
         else:
-            kept = [integrands]
-        z = None
-        if table.C is not None:
-            z = _noise(args, r, table.draw[r], x)
-
-        def update(i):
-            terms_ = [(_at(table.A, r, i, j), s) for j, s in enumerate(registers)]
-            terms_ += [
-                (_at(table.B, r, i, k, p), m) for k, ms in enumerate(kept) for p, m in enumerate(ms)
-            ]
-            if z is not None:
-                terms_.append((_at(table.C, r, i), z))
-            new = _combine(terms_)
-            if table.d is not None:
-                new = _shift(new, _at(table.d, r, i))
-            return new
-
-        carry = Carry(tuple(update(i) for i in range(table.registers)), history)
+            kept = [new]
+        z = None if row.C is None else args.draw(r, table.draw[r], x)
+        carry = Carry(update(row, registers, kept, z), history)
         if control is not None:
             key = _control_key(args, r, 1)
             carry, aux = control.after(aux, info, x, out, z, carry, key)
-        x0 = y0.x0
-        if x0 is not None:
-            x0 = _to_x0(args, info, outs, x)
+        x0 = None if y0.x0 is None else denoised(args.denoiser, row.times, outs, x)
         extra, rest = _split((memory, aux))
-        y1 = _Y(carry.registers, carry.history, extra, x0)
+        y1 = Y(carry.registers, carry.history, extra, x0)
         return y1, None, dict(y0=y0, y1=y1), rest, diffrax.RESULTS.successful
-
-
-def _at(coefficient: Any, *index: Any) -> Any:
-    """Entry `index` of a coefficient: arrays, or a pytree prefix of them."""
-
-    def take(a):
-        for i in index:
-            a = a[i]
-        return a
-
-    return jax.tree.map(take, coefficient)
-
-
-def _scale(coefficient: Any, tree: Any) -> Any:
-    """coefficient * tree; the coefficient may be a prefix of the tree."""
-    return jax.tree.map(
-        lambda c, sub: jax.tree.map(lambda a: c.astype(a.dtype) * a, sub), coefficient, tree
-    )
-
-
-def _combine(terms: list[tuple[Any, Any]]) -> Any:
-    scaled = [_scale(c, tree) for c, tree in terms]
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *scaled)
-
-
-def _shift(tree: Any, d: Any) -> Any:
-    return jax.tree.map(
-        lambda c, sub: jax.tree.map(lambda a: a + c.astype(a.dtype), sub), d, tree
-    )
-
-
-def like(x: Any, out: Any, what: str = "the denoiser's output") -> Any:
-    """`out` in x's dtypes; ValueError unless structure and shapes are x's."""
-    if jax.tree.structure(out) != jax.tree.structure(x):
-        raise ValueError(
-            f"{what} has structure {jax.tree.structure(out)}, the state {jax.tree.structure(x)}"
-        )
-
-    def leaf(a, b):
-        if jnp.shape(b) != a.shape:
-            raise ValueError(f"{what} has shape {jnp.shape(b)}, the state {a.shape}")
-        return jnp.asarray(b, a.dtype)
-
-    return jax.tree.map(leaf, x, out)
 
 
 def _is_wide(leaf: Any) -> bool:
@@ -264,29 +212,12 @@ def _split(tree: Any) -> tuple[Any, Any]:
     return eqx.partition(tree, _is_wide)
 
 
-def _control_key(args: _Args, r: Any, moment: int) -> Any:
+def _control_key(args: Args, r: Any, moment: int) -> Any:
     key = args.control_key
     if key is None:
         return None
     fold = lambda k: jax.random.fold_in(k, 2 * r + moment)  # noqa: E731
     return jax.vmap(fold)(key) if is_key_batch(key) else fold(key)
-
-
-def _noise(args: _Args, r: Any, draw: Any, x: Any) -> Any:
-    if isinstance(args.noise, BrownianPath):
-        return args.noise.draw(args.table.clock[r], x)
-    if args.noise is not None:
-        # A draw that is not there is NaN, not the last one again.
-        take = lambda n: n.at[draw].get(mode="fill", fill_value=jnp.nan)  # noqa: E731
-        return jax.tree.map(lambda n, a: take(n).astype(a.dtype), args.noise, x)
-    return normal(args.keys, x, draw)
-
-
-def _to_x0(args: _Args, info: RowInfo, outs: tuple[Any, ...], x: Any) -> Any:
-    predictions = args.denoiser.predictions
-    p = predictions.index("x0") if "x0" in predictions else 0
-    u, w = affine(predictions[p], "x0", info.alpha, info.sigma)
-    return jax.tree.map(jnp.add, _scale(u, outs[p]), _scale(w, x))
 
 
 def _save_at(save: str) -> diffrax.SaveAt:
@@ -332,7 +263,6 @@ def integrate(
         return jnp.take_along_axis(b, index, axis=2)
 
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, wide), tree)  # noqa: E731
-    times = tuple(cast((table.t, table.alpha, table.sigma)))
     keys = None if key is None or noise is not None else per_sample(key, batch)
     control_key = None
     if key is not None and control is not None:
@@ -341,12 +271,16 @@ def integrate(
     draw = jnp.asarray(table.draw)
     if state is not None and noise is None:
         draw = draw - draw[0] + state.draws
-    run = dataclasses.replace(
-        table, A=cast(table.A), B=jax.tree.map(ring, cast(table.B)), C=cast(table.C),
-        d=cast(table.d), u=pick(cast(table.u)), w=pick(cast(table.w)), active=cast(table.active),
-        draw=draw, clock=cast(table.clock), start=cast(table.start),
+    coefficients = Coefficients(
+        cast(table.A), jax.tree.map(ring, cast(table.B)), cast(table.C), cast(table.d),
+        pick(cast(table.u)), pick(cast(table.w)), cast((table.t, table.alpha, table.sigma)),
     )  # fmt: skip
-    args = _Args(denoiser, run, cond, keys, noise, control_key, control, times, structure)
+    none = dict.fromkeys(("A", "B", "C", "d", "u", "w", "t", "alpha", "sigma"))
+    run = dataclasses.replace(
+        table, **none, active=cast(table.active), draw=draw, clock=cast(table.clock),
+        start=cast(table.start),
+    )  # fmt: skip
+    args = Args(denoiser, run, coefficients, cond, keys, noise, control_key, control, structure)
     if state is None:
         registers = _start(args, x)
         history_0 = ()
@@ -361,7 +295,7 @@ def integrate(
         history_0 = jax.tree.map(lambda h: h[newest_first], state.history)
     extra, rest = _split(jax.tree.map(jnp.asarray, (memory, aux)))
     x0 = registers[0] if save == "x0" else None
-    y0 = _Y(registers, history_0, extra, x0)
+    y0 = Y(registers, history_0, extra, x0)
     solution = diffrax.diffeqsolve(
         _RowTerm(), _TableauSolver(), 0.0, float(rows), 1.0, y0, args,
         saveat=_SAVE_AT[save], adjoint=adjoint, max_steps=rows, throw=False,
@@ -387,7 +321,7 @@ def integrate(
     return ys
 
 
-def _start(args: _Args, x: Any) -> tuple[Any, ...]:
+def _start(args: Args, x: Any) -> tuple[Any, ...]:
     table = args.table
     start = table.start
     if isinstance(start.S, lx.AbstractLinearOperator):
@@ -396,12 +330,12 @@ def _start(args: _Args, x: Any) -> tuple[Any, ...]:
         moved = jax.vmap(unravel)(jax.vmap(start.S.mv)(flat))
         registers = [moved] * table.registers
     else:
-        registers = [_scale(_at(start.S, i), x) for i in range(table.registers)]
+        registers = [scale(at(start.S, i), x) for i in range(table.registers)]
     if start.C is not None:
-        z = _noise(args, 0, 0, x)
+        z = args.draw(0, 0, x)
         registers = [
-            jax.tree.map(jnp.add, s, _scale(_at(start.C, i), z)) for i, s in enumerate(registers)
+            jax.tree.map(jnp.add, s, scale(at(start.C, i), z)) for i, s in enumerate(registers)
         ]
     if start.d is not None:
-        registers = [_shift(s, _at(start.d, i)) for i, s in enumerate(registers)]
+        registers = [shift(s, at(start.d, i)) for i, s in enumerate(registers)]
     return tuple(registers)

@@ -39,7 +39,8 @@ def sample(
         ...]); "nodes" (the solution at the grid's nodes, [n + 1, ...]); "x0" (the denoised x_0 of
         every row, [rows, ...]); "state" (a `State`, for `state=`).
       adjoint: `diffrax.RecursiveCheckpointAdjoint()` (the default; inside shard_map and pmap
-        `DirectAdjoint`, the only one that can be differentiated there) or `ForwardMode` (for jvp).
+        `DirectAdjoint`, the only one that can be differentiated there), `ForwardMode` (for jvp), or
+        `jaxdiff.gradients.ReversibleAdjoint()` (invertible tableaux: memory constant in the rows).
       control: see `jaxdiff.Control`.
       state: continue from a `State`; x_T is then None and the tableau's start is skipped.
       progress_meter: for example `diffrax.TqdmProgressMeter()`.
@@ -59,6 +60,8 @@ def sample(
         # diffrax's default cannot be differentiated inside shard_map and pmap.
         manual = jax.sharding.get_abstract_mesh().manual_axes
         adjoint = _DIRECT if manual else _CHECKPOINTED
+    if hasattr(adjoint, "prepare"):
+        adjoint = adjoint.prepare(tableau, denoiser, control)
     meter = _SILENT if progress_meter is None else progress_meter
     structure = structure_hash(denoiser, tableau, x_T, noise, cond, control, state)
     return integrate(
@@ -88,8 +91,9 @@ def check_call(denoiser, tableau, x, key, noise, cond, save, adjoint, state) -> 
     if isinstance(adjoint, (diffrax.BacksolveAdjoint, diffrax.ImplicitAdjoint)):
         raise ValueError(
             f"{type(adjoint).__name__} does not apply to a tableau, which is discrete: use "
-            "RecursiveCheckpointAdjoint, DirectAdjoint or ForwardMode, or jaxdiff.ode for a "
-            "continuous adjoint"
+            "RecursiveCheckpointAdjoint, DirectAdjoint or ForwardMode, "
+            "jaxdiff.gradients.ReversibleAdjoint for an invertible tableau, or jaxdiff.ode for the "
+            "continuous adjoint of the flow without noise"
         )
     if (x is None) == (state is None):
         raise ValueError("give x_T, or state= to continue from (with x_T=None)")
