@@ -1,7 +1,7 @@
 """The golden trajectories of diffusers' other schedulers, replayed as test_parity.py does."""
 
 import pytest
-from diffusers_tableaux import TABLEAUX, clips, denoiser, highest_degree, integrand, noise, order
+from diffusers_tableaux import TABLEAUX, clips, denoiser, highest_degree, integrand, noise
 from golden_cases import more_cases
 from replay import Replay, start, to_vp
 
