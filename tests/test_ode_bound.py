@@ -12,6 +12,7 @@ from jaxdiff import ode
 
 VP, FLOW = jd.processes.vp_linear(), jd.processes.flow()
 GRID = jd.grids.half_log_snr(VP, 12)
+LARGE = jd.solvers.ddpm(GRID, "fixed_large").C[:, 0]
 STD = 0.7
 X = np.array([[-1.5], [0.2], [0.9]])
 
@@ -41,7 +42,7 @@ def parts(x, variance):
     for i in range(GRID.steps):
         # Moments of q(z' | z, x) and p(z' | z) in y = z / alpha, where only x differs from x0_hat.
         true = (v[i] - v[i + 1]) * v[i + 1] / v[i]
-        model = true if variance == "small" else v[i] - v[i + 1]
+        model = true if variance == "small" else (LARGE[i] / alpha[i + 1]) ** 2
         shift = ((v[i] - v[i + 1]) / v[i]) ** 2 * expected_square(x, alpha[i], sigma[i])
         diffusion += 0.5 * ((true + shift) / model - 1 + np.log(model / true))
     gap = expected_square(x, alpha[-1], sigma[-1])
@@ -61,7 +62,44 @@ def test_every_term_of_the_discrete_bound(variance, x64):
         error = found.std(1) / np.sqrt(found.shape[1])
         assert np.all(np.abs(found.mean(1) - exact) < 3.5 * error + 1e-9)
     total = -sum(parts(X[:, 0], variance))
-    assert np.all(total < norm.logpdf(X[:, 0], 0, STD))
+    assert np.all(total < norm.logpdf(X[:, 0], 0, sampler_std(variance)))
+
+
+def sampler_std(variance):
+    """What ddpm on GRID draws from pure noise, and the decoder after it: that density is bounded."""
+    table = jd.solvers.ddpm(GRID, f"fixed_{variance}")
+    alpha, sigma = GRID.alpha, GRID.sigma
+    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)  # x0_hat = gain z
+    total = alpha[0] ** 2 + sigma[0] ** 2
+    for i in range(GRID.steps):
+        factor = table.A[i, 0, 0] + np.sum(table.B[i, 0]) * gain[i]
+        total = factor**2 * total + table.C[i, 0] ** 2
+    return np.sqrt(gain[-1] ** 2 * total + (sigma[-1] / alpha[-1]) ** 2)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_a_step_from_alpha_zero(variance, x64):
+    """To z' = (x + eps) / 2: x0_hat = 0, and the variance is (1/2)^2, or ddpm's."""
+    grid = jd.grids.uniform(FLOW, 2)
+    assert grid.ends == (True, True)
+    out = ode.discrete_bound(gaussian("flow"), grid, X, jax.random.key(0), variance=variance)
+    model = jd.solvers.ddpm(grid, f"fixed_{variance}").C[0, 0] ** 2
+    exact = 0.5 * ((0.25 + 0.25 * X[:, 0] ** 2) / model - 1 + np.log(model / 0.25))
+    np.testing.assert_allclose(out.diffusion, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_promoted(dtype):
+    x, key = jax.numpy.asarray(X, dtype), jax.random.key(0)
+    wide = x.astype("float32")
+    law = ode.importance_law(gaussian(), VP, x, key)
+    for bound in (
+        lambda x: ode.discrete_bound(gaussian(), GRID, x, key),
+        lambda x: ode.continuous_bound(gaussian(), VP, x, key, samples=4, law=law),
+    ):
+        found = bound(x).log_prob
+        assert found.dtype == "float32"
+        np.testing.assert_allclose(found, bound(wide).log_prob, rtol=1e-6)
 
 
 def test_the_continuous_bound_is_the_log_density_for_the_exact_denoiser(x64):
@@ -220,11 +258,69 @@ KEY = jax.random.key(0)
             ValueError,
             "decoder must be one of",
         ),
+        (
+            lambda: ode.continuous_bound(gaussian(), VP, X, KEY, t_min=0.9, t_max=0.1),
+            ValueError,
+            "t_min < t_max, got t_min = 0.9",
+        ),
+        (
+            lambda: ode.continuous_bound(gaussian(), VP, X, KEY, t_max=1.5),
+            ValueError,
+            r"t must lie in \[0, 1\]",
+        ),
+        (
+            lambda: ode.importance_law(gaussian(), VP, X, KEY, t_min=0.5, t_max=0.5),
+            ValueError,
+            "t_min < t_max",
+        ),
+        (
+            lambda: ode.discrete_bound(gaussian(), GRID, 200.5 * X, KEY, data_range=(-1, 1)),
+            ValueError,
+            r"lie in \[-1, 1\].*uniform_dequantisation",
+        ),
+        (
+            lambda: ode.continuous_bound(gaussian(), VP, 200.5 * X, KEY, data_range=(-1, 1)),
+            ValueError,
+            r"lie in \[-1, 1\].*uniform_dequantisation",
+        ),
+        (
+            lambda: ode.discrete_bound(gaussian(), GRID, 1.0 * K, KEY),
+            ValueError,
+            "up to 4.*uniform_dequantisation or variational_dequantisation.*data_range=",
+        ),
+        (
+            lambda: ode.continuous_bound(gaussian(), VP, jax.numpy.asarray(K, "bfloat16"), KEY),
+            ValueError,
+            "up to 4.*uniform_dequantisation",
+        ),
+        (
+            lambda: ode.discrete_bound(
+                gaussian(), GRID, K, KEY, decoder="categorical", levels=5, data_range=(0, 4)
+            ),
+            ValueError,
+            "data_range is of continuous data",
+        ),
+        (
+            lambda: ode.discrete_bound(gaussian(), GRID, X, KEY, decoder_std=0.0),
+            ValueError,
+            "decoder_std must be positive",
+        ),
+        (
+            lambda: ode.continuous_bound(gaussian(), VP, X, KEY, decoder_std=-0.1),
+            ValueError,
+            "decoder_std must be positive",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_whole_numbers_are_taken_with_their_range():
+    x = np.array([[-3.0], [4.0]])
+    out = ode.discrete_bound(gaussian(), GRID, x, KEY, data_range=(-4, 4))
+    assert np.all(np.isfinite(out.log_prob))
 
 
 def test_pytrees_are_taken(x64):

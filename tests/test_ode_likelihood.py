@@ -246,6 +246,13 @@ def _levels(x, t):
             ValueError,
             "200.*uniform_dequantisation or variational_dequantisation",
         ),
+        (
+            {"x": np.full((2, 2), 200.0)},
+            ValueError,
+            "up to 200.*uniform_dequantisation or variational_dequantisation.*data_range=",
+        ),
+        ({"t_min": 0.9, "t_max": 0.1}, ValueError, "t_min < t_max, got t_min = 0.9"),
+        ({"t_max": 1.5}, ValueError, r"t must lie in \[0, 1\]"),
         ({"t_min": 0.0}, ValueError, "sigma = 0 at t = 0.*larger t_min"),
         ({"process": FLOW, "t_min": 0.1}, ValueError, "alpha = 0 at t = 1.*smaller t_max"),
         ({"solver": diffrax.SRA1()}, ValueError, "SRA1 is not a solver for ODEs"),

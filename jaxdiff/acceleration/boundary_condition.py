@@ -53,8 +53,9 @@ def optimal_boundary_condition(
         A module-level function, as a fresh one compiles again.
       at_once: candidates in one batch (of as many times pairs samples).
 
-    Costs candidates x pairs samples. Raises ValueError for a stochastic tableau, for candidates of
-    another shape than targets, and what `jaxdiff.sample` raises.
+    Costs candidates x pairs samples. A candidate whose mean distance is not finite is not chosen.
+    Raises ValueError for a stochastic tableau, for candidates of another shape than targets, distances
+    of another shape than [pairs], or of no finite mean, and what `jaxdiff.sample` raises.
     """
     candidates, cond, targets, denoiser = (
         as_arrays(a) for a in (candidates, cond, targets, denoiser)
@@ -69,7 +70,15 @@ def optimal_boundary_condition(
         raise ValueError("a stochastic tableau is no function of x_T: use a deterministic one")
     check_call(denoiser, tableau, targets, None, None, cond, "final", None, None)
     distances = _distances(denoiser, tableau, candidates, cond, targets, distance, at_once)
-    index = int(jnp.argmin(jnp.mean(distances, -1)))
+    if distances.shape != (len(candidates), len(targets)):
+        raise ValueError(
+            f"distance must return one number a pair, [{len(targets)}], got {distances.shape[1:]}"
+        )
+    means = jnp.mean(distances, -1)
+    finite = jnp.isfinite(means)
+    if not jnp.any(finite):
+        raise ValueError(f"no candidate of {len(candidates)} has a finite mean distance")
+    index = int(jnp.argmin(jnp.where(finite, means, jnp.inf)))
     return BoundaryCondition(candidates[index], index, distances)
 
 

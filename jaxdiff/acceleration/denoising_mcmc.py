@@ -187,9 +187,10 @@ def langevin_gibbs(
       cond: for the denoiser, leaves [chains, ...].
 
     `least` starts from the chain as given: a state it has already counts. Raises ValueError for a
-    process that scales the data, levels that do not rise, no moves, another `draw`.
+    process that scales the data, levels that do not rise or are not as many as `levels` gives, a step
+    that is not positive, no moves, another `draw`.
     """
-    _check_chain(denoiser, process, sigmas, moves, draw)
+    _check_chain(denoiser, process, levels, sigmas, chain, moves, step_size, draw)
     keys = per_sample(key, chain.x.shape[0])
     return _moves_alone(
         denoiser, process, levels, jnp.asarray(sigmas, chain.x.dtype), chain, keys, moves,
@@ -223,9 +224,12 @@ def denoising_langevin_gibbs(
         "last": the state at the end of the moves, which is one.
 
     A sample costs moves + nfe of the tableau. Samples of one chain depend on each other: take many
-    chains, or many moves, for independent ones. Raises as `langevin_gibbs` does.
+    chains, or many moves, for independent ones. Raises as `langevin_gibbs` does, and ValueError
+    where `build` has no finite tableau from the lowest level, such as one not above its t_min.
     """
-    _check_chain(denoiser, process, sigmas, moves, draw)
+    _check_chain(denoiser, process, levels, sigmas, chain, moves, step_size, draw)
+    if is_concrete(sigmas, process):
+        _check_lowest(process, np.ravel(sigmas)[0], build)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if select not in ("least", "last"):
@@ -307,10 +311,28 @@ def _check_draw(draw: str) -> None:
         raise ValueError(f"draw must be 'sample' or 'argmax', got {draw!r}")
 
 
-def _check_chain(denoiser: Any, process: Any, sigmas: ArrayLike, moves: int, draw: str) -> None:
+def _check_lowest(process: Process, sigma: float, build: Callable) -> None:
+    """Build at the lowest level, where traced grids cannot tell that nothing is left of them."""
+    try:
+        tableau = build(process.time(-np.log(sigma * (1 - 1e-5))))  # more than rounding above t_min
+    except ValueError as error:
+        raise ValueError(f"build raises at the lowest of sigmas, {sigma:.6g}: {error}") from error
+    if is_concrete(tableau) and not all(np.all(np.isfinite(a)) for a in jax.tree.leaves(tableau)):
+        raise ValueError(f"build's tableau is not finite at the lowest of sigmas, {sigma:.6g}")
+
+
+def _check_chain(denoiser, process, levels, sigmas, chain, moves, step_size, draw) -> None:
     check_single(denoiser, "Denoising MCMC")
     if is_concrete(sigmas):
         _check_sigmas(sigmas)
+    found = jax.eval_shape(levels, chain.x).shape
+    if found != (chain.x.shape[0], np.size(sigmas)):
+        raise ValueError(
+            f"levels must return [{chain.x.shape[0]}, {np.size(sigmas)}], one number a level of "
+            f"sigmas, got {found}"
+        )
+    if is_concrete(step_size) and not np.all((0 < np.asarray(step_size)) & np.isfinite(step_size)):
+        raise ValueError(f"step_size must be positive and finite, got {step_size}")
     _check_draw(draw)
     if moves < 1:
         raise ValueError(f"moves must be at least 1, got {moves}")

@@ -98,7 +98,8 @@ def propagate_encoder(
         idle, with the memory of a larger batch.
 
     Raises TypeError for a denoiser of another kind, ValueError for one in training mode, for a stacked
-    or traced tableau, and for rows that it does not have.
+    or traced tableau, and for rows that it does not have. In parallel `sample` raises ValueError for a
+    tableau of other alphas; one of other times alone gives NaN.
     """
     check_single(denoiser, "propagate_encoder")
     fn = denoiser.fn
@@ -127,7 +128,8 @@ def propagate_encoder(
     shape = jax.ShapeDtypeStruct(like.shape, jnp.promote_types(like.dtype, jnp.float32))
     memory = _memory(fn.module, denoiser.params, shape, int(lengths.max()) if parallel else None)
     table = (jnp.asarray(place, jnp.int32), jnp.asarray(lengths[group], jnp.int32))
-    params = (denoiser.params, table, jnp.asarray(times, jnp.float32))
+    ahead = jnp.asarray(times, jnp.float32), jnp.asarray(levels[1])
+    params = (denoiser.params, table, ahead)
     lengths = tuple(np.unique(lengths).tolist()) if parallel else None
     found = _Propagating(fn, denoiser.time, lengths)
     return Denoiser(found, denoiser.prediction, params, level, memory, denoiser.cost)
@@ -157,7 +159,7 @@ class _Propagating:
     lengths: tuple[int, ...] | None  # of the groups, if their decoders run as one batch
 
     def __call__(self, params, x, levels, cond=None, memory=None):
-        params, (places, lengths), times = params
+        params, (places, lengths), (times, _) = params
         variables = params[0] if self.network.has_rngs else params
         t = levels[0] if self.time is None else self.time(*levels)
         kept = jax.tree.leaves(memory.kept)[0].shape[-4]
@@ -190,11 +192,24 @@ class _Propagating:
             which = jnp.searchsorted(jnp.asarray(self.lengths), lengths[row])
             branches = [lambda: memory.kept, *(group(n) for n in self.lengths)]
             kept = jax.lax.switch(jnp.where(key, which + 1, 0), branches)
-            out = kept[places[row]]
+            # What is kept was decoded at the stored times: of no use at others.
+            same = jnp.all(jnp.isclose(t, times[row], rtol=1e-2, atol=1e-5))
+            out = jnp.where(same, kept[places[row]], jnp.nan)
         return out, Propagated(memory.row + 1, memory.encoded + key, kept)
 
     def check(self, params, batch, cond, alpha):
         self.network.check(params[0], batch, cond, alpha)
+        told = params[2][1]
+        if self.lengths is None or not is_concrete(alpha, told):
+            return
+        alpha, told = np.asarray(alpha), np.asarray(told)
+        # All rows, or some in a row: a part of the tableau, to be continued.
+        parts = (told[i : i + len(alpha)] for i in range(len(told) - len(alpha) + 1))
+        if not any(np.allclose(part, alpha, rtol=1e-5, atol=1e-6) for part in parts):
+            raise ValueError(
+                "parallel=True decodes at the times of the tableau that propagate_encoder was given; "
+                "this one has other levels: make a denoiser for it"
+            )
 
 
 def _decode_all(

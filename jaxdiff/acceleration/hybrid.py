@@ -52,15 +52,19 @@ def hybrid(
     Arguments:
       base_grid, distilled_grid: of the same process, usually many steps and 4. From the same noise
         level; both models see the same scale of x.
-      start: the first of the distilled model's steps that it does itself: 1 leaves it all but its
-        first. 0 is the distilled sampler, the grid's number of steps the base sampler.
+      start: the first of the distilled model's steps that it does itself: 1, the paper's, leaves it
+        all but its first. That is enough where this step settles what a sample will be, as in the
+        paper's models. Where it ends in noise that leaves this open, as on a long grid from little
+        data to much, the distilled model still settles it, and nothing is won: the base must go as
+        far as to where its x0 no longer changes kind (`save="x0"`). 0 is the distilled sampler, the
+        grid's number of steps the base sampler.
       match: "nearest", as in the code: the base stops at its node nearest in t to the distilled grid's
         node `start`, and the distilled model goes on from the level it is told there, which is not
         quite the state's. "exact": the base's last node is moved to that node.
       base, distilled: builders of the two parts.
 
-    Raises ValueError for a start that the grid has not, another `match`, and grids that are traced or
-    run to noise.
+    Raises ValueError for a start that the grid has not, another `match`, grids that are traced or run
+    to noise, and grids of two processes.
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {MATCHES}, got {match!r}")
@@ -69,6 +73,7 @@ def hybrid(
             raise ValueError(f"{name} must run from noise to data, with known nodes")
     if not 0 <= start <= distilled_grid.steps:
         raise ValueError(f"start must be from 0 to {distilled_grid.steps}, got {start}")
+    _check_one_process(base_grid, distilled_grid, distilled_grid.t[start])
     stop = int(np.argmin(np.abs(base_grid.t - distilled_grid.t[start])))
     if start == 0:
         return Hybrid(distilled(distilled_grid), np.inf, 0)
@@ -91,3 +96,16 @@ def hybrid(
             f"{highest:.6g} on, which no switch in t separates: use a base of one evaluation a step"
         )
     return Hybrid(concatenate(parts), 0.5 * (lowest + highest), stop)
+
+
+def _check_one_process(base_grid: Grid, distilled_grid: Grid, t: float) -> None:
+    """alpha and sigma at t, where both grids know their process."""
+    processes = base_grid.process, distilled_grid.process
+    if any(p is None for p in processes) or not is_concrete(processes):
+        return
+    one, other = (np.array([p.alpha(t), p.sigma(t)], np.float64) for p in processes)
+    if not np.allclose(one, other, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"the grids are of two processes: at t = {t:.6g} (alpha, sigma) = ({one[0]:.6g}, "
+            f"{one[1]:.6g}) of the base, ({other[0]:.6g}, {other[1]:.6g}) of the distilled"
+        )

@@ -1,6 +1,6 @@
 """DPM-OT: an optimal-transport map from noise to noised data, then the last few reverse steps.
 
-Li, Li, Lei, Yau, Gu et al., "DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport"
+Li, Li, Wang, Lei, Luo & Gu, "DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport"
 (2023), after "AE-OT" (An et al., 2020). The targets y_i are data noised to an intermediate level. Among
 all maps that send the prior to them with given masses, the one of least squared distance is the
 gradient of Brenier's potential
@@ -152,11 +152,12 @@ def fit_map(
     carry = found.heights, optimizer.init(found.heights), found.heights
     steps, converged, measured = 0, False, wanted
     while steps < max_steps and not converged:
+        here = min(block, max_steps - steps)  # a last, shorter block compiles again
         carry, measured = _fit_block(
             found, carry, jnp.asarray(wanted, jnp.float32), jax.random.fold_in(key, steps), prior,
-            samples, block, checks, learning_rate, max_steps,
+            samples, here, checks, learning_rate, max_steps,
         )  # fmt: skip
-        steps += block
+        steps += here
         measured = np.asarray(measured, np.float64)
         worst = np.max(np.abs(measured - wanted)) * count
         converged = bool(worst < tolerance and np.all(measured > 0))

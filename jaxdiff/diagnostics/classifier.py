@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from jaxdiff.arrays import as_arrays
+from jaxdiff.arrays import as_arrays, is_concrete
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.diagnostics.errors import draws_at, noise_errors
 from jaxdiff.losses import WEIGHTINGS, Weighting
@@ -79,8 +79,8 @@ def class_errors(
         draws them apart, for comparison.
       batch_size: inputs that the network sees at once, at most (but at least one of every class).
 
-    Raises ValueError or TypeError for classes without a common length, t at an end of the process,
-    a denoiser of several predictions or with memory.
+    Raises ValueError or TypeError for x0 that is not finite, classes without a common length, t at an
+    end of the process, a denoiser of several predictions or with memory.
     """
     x0, classes, _ = _checked(x0, classes, each)
     return noise_errors(
@@ -94,7 +94,12 @@ def log_posterior(
 ) -> Float[np.ndarray, "batch classes"]:  # fmt: skip
     """log softmax_c(log p(c) - sum_j w_j e_cj), in nats, float64; the prior is uniform by default."""
     energies = np.asarray(errors, np.float64) @ _weights(weights, np.shape(errors)[-1])
-    logits = -energies + (0.0 if log_prior is None else np.asarray(log_prior, np.float64))
+    return _log_softmax(
+        -energies + (0.0 if log_prior is None else np.asarray(log_prior, np.float64))
+    )
+
+
+def _log_softmax(logits):
     top = logits - logits.max(axis=1, keepdims=True)
     return top - np.log(np.sum(np.exp(top), axis=1, keepdims=True))
 
@@ -121,35 +126,36 @@ def classify(
 ) -> Classified:  # fmt: skip
     """Classify in stages: after n_k times an example the m_k best classes are kept.
 
-    The times of the last stage, n of them, are `even_times(process, n)`; the stage of n_k evaluates
-    those of every (n / n_k)-th that were not evaluated yet, for the classes that are left. Li et al.
-    (2023), section 3.3, who keep 5 of 37 classes after 25 of 250 times.
+    The times of the last stage, n of them, are `even_times(process, n)`; those of a stage are every
+    (n_{k+1} / n_k)-th of the next one's, and it evaluates what it adds to the stage before, for the
+    classes that are left. Li et al. (2023), section 3.3, who keep 5 of 37 classes after 25 of 250.
 
     Arguments:
-      stages: pairs (n_k, m_k), n_k rising and m_k falling to 1; ((64, 1),) drops none early.
+      stages: pairs (n_k, m_k), n_k rising, each a divisor of the next, and m_k falling to 1;
+        ((64, 1),) drops none early.
       weighting: as in `time_weights`, or an array [n] of weights for the last stage's times.
       classes, key, each, paired, batch_size: as in `class_errors`.
 
-    Raises ValueError for stages out of order, more classes kept than there are, or weights of
-    another number.
+    Raises ValueError for stages out of order or that do not divide each other, more classes kept than
+    there are, x0 that is not finite, and weights of another number, negative, not finite, or all 0 in
+    a stage.
     """
     x0, classes, count = _checked(x0, classes, each)
     stages = _stages(stages, count)
     last = stages[-1][0]
     t = even_times(process, last)
     if isinstance(weighting, str) or callable(weighting):
-        weights = time_weights(process, t, weighting)
-    else:
-        weights = _weights(weighting, last)
+        weighting = time_weights(process, t, weighting)
+    weights = _weights(weighting, last)
+    places = _places([number for number, _ in stages])
+    for at in places:
+        if not weights[at].sum() > 0:
+            raise ValueError(f"the weights are 0 at all {len(at)} times of a stage")
     batch = len(x0)
     alive = np.broadcast_to(np.arange(count), (batch, count))
-    energy, mass, seen, evaluations = np.zeros((batch, count)), 0.0, np.zeros(last, bool), 0
-    for number, keep in stages:
-        stride = last // number
-        wanted = np.zeros(last, bool)
-        wanted[np.arange(stride // 2, last, stride)[:number]] = True
-        new = np.flatnonzero(wanted & ~seen)
-        seen |= wanted
+    energy, mass, evaluations = np.zeros((batch, count)), 0.0, 0
+    for before, at, (_, keep) in zip([[], *places], places, stages):
+        new = np.setdiff1d(at, before)
         conds = jax.tree.map(lambda a: a[np.arange(batch)[:, None], alive], classes)  # noqa: B023
         draws = draws_at(process, t[new], number=new)
         errors = noise_errors(denoiser, x0, conds, draws, key, paired=paired, batch_size=batch_size)
@@ -205,7 +211,7 @@ def fit_weights(
     v = momentum = np.full(times, 1.0 / times)
     rate = 1.0
     for _ in range(iterations):
-        p = np.exp(log_posterior(e, momentum))
+        p = np.exp(_log_softmax(-(e @ momentum)))  # which may be negative on its way
         gradient = target - np.einsum("bc,bct->t", p, e) / batch + 2.0 * penalty * centre @ momentum
         new = np.maximum(momentum - gradient / bound, 0.0)
         faster = 0.5 * (1.0 + np.sqrt(1.0 + 4.0 * rate**2))
@@ -217,6 +223,8 @@ def fit_weights(
 def _checked(x0: Any, classes: Any, each: bool) -> tuple[Array, Any, int]:
     """x0, the classes of every example, leaves [batch, classes, ...], and their number."""
     x0, classes = jnp.asarray(x0), as_arrays(classes)
+    if is_concrete(x0) and not np.all(np.isfinite(x0)):
+        raise ValueError("x0 must be finite: no class has the least error of NaN or inf")
     if not each:
         classes = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x0), *a.shape)), classes)
     shapes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(classes)}
@@ -232,6 +240,8 @@ def _weights(weights: Any, times: int) -> Float[np.ndarray, " times"]:
     weights = np.asarray(weights, np.float64)
     if weights.shape != (times,):
         raise ValueError(f"weights must be [{times}], one a time, got shape {weights.shape}")
+    if not np.all((weights >= 0) & np.isfinite(weights)):
+        raise ValueError(f"weights must be finite and not negative, got {weights}")
     return weights
 
 
@@ -245,4 +255,16 @@ def _stages(stages: Any, classes: int) -> list[tuple[int, int]]:
             "stages are pairs (times, classes kept), times rising and classes falling from at most "
             f"{classes} to 1, got {stages}"
         )
+    if any(b % a for a, b in zip(times, times[1:])):
+        raise ValueError(f"the times of each stage must divide the next one's, got {times}")
     return stages
+
+
+def _places(numbers: list[int]) -> list[Int[np.ndarray, " times"]]:
+    """For every stage, which of the last one's times: evenly spaced, about centred, and nested."""
+    places = [np.arange(numbers[-1])]
+    for number in reversed(numbers[:-1]):
+        stride = len(places[0]) // number
+        first = np.argmin(np.abs(places[0][:stride] - 0.5 * numbers[-1] / number))
+        places.insert(0, places[0][first::stride])
+    return places

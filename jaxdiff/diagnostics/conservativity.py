@@ -106,10 +106,12 @@ def line_integral(
     """int field . dl along the straight lines between consecutive `vertices`.
 
     By `nodes` Gauss-Legendre points a line, exact for polynomials of degree 2 nodes - 1. Back at the
-    first vertex it is a loop's circulation, see `loop_integral`. Raises ValueError for fewer than two
-    vertices.
+    first vertex it is a loop's circulation, see `loop_integral`. Integer vertices count as floating
+    point. Raises ValueError for fewer than two vertices.
     """
     vertices = jnp.asarray(vertices)
+    # The nodes on the lines are no integers.
+    vertices = vertices.astype(jnp.result_type(vertices.dtype, 1.0))
     if vertices.ndim != 3 or len(vertices) < 2:
         raise ValueError(
             f"vertices must be [points, batch, dim], at least 2 points, got {vertices.shape}"

@@ -155,7 +155,12 @@ def partial_information(
     All four conditions see the same noise. With `by_element` every part is a map of x0's shape. The
     rest of a prompt is held fixed by having it in all four conditions, `null` included. Arguments as
     in `pointwise_information` and `decompose`.
+
+    Raises ValueError for `surprisals` with `by_element`: they are of the whole example, and an element
+    has no share in them.
     """
+    if by_element and surprisals is not None:
+        raise ValueError("surprisals are of whole examples, not of elements: leave out by_element")
     conds = _stacked(x0, first, second, both, null)
     squares = _integrals(
         denoiser, process, x0, conds, nodes, key, draws, by_element, form, batch_size

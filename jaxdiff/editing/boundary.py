@@ -125,7 +125,8 @@ def mixing_step(states: Float[ArrayLike, "nodes n ..."], grid: Grid, tolerance: 
       grid: that grid, from data to noise.
       tolerance: in (0, 1).
 
-    Returns k; t_m is grid.t[k]. Raises ValueError for another grid, number of nodes, or tolerance.
+    Returns k; t_m is grid.t[k]. Raises ValueError for another grid, number of nodes, or tolerance, and
+    for states that are not finite.
     """
     states = np.asarray(states, np.float64)
     if not grid.backward or len(states) != len(grid):
@@ -135,6 +136,8 @@ def mixing_step(states: Float[ArrayLike, "nodes n ..."], grid: Grid, tolerance: 
         )
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1), got {tolerance!r}")
+    if not np.all(np.isfinite(states)):
+        raise ValueError("the states must be finite")
     size = np.hypot(np.asarray(grid.alpha), np.asarray(grid.sigma))
     radii = np.linalg.norm(states.reshape(*states.shape[:2], -1), axis=2) / size[:, None]
     apart = [stats.ks_2samp(r, radii[-1]).statistic > tolerance for r in radii]

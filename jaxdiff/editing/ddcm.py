@@ -1,6 +1,6 @@
 """DDCM: editing by virtual inversion, without any inversion (InfEdit).
 
-Xu, Huang, Zhang, Zheng & Li, "Inversion-Free Image Editing with Natural Language" (2024). Two branches
+Xu, Huang, Pan, Ma & Chai, "Inversion-Free Image Editing with Natural Language" (2024). Two branches
 share their noise. The source's, x_s = alpha x_0 + sigma e, is a noising of the known x_0; the target's,
 x_t, follows the model from the same start. With D(x, c) the model's denoised x_0 the target's is
 

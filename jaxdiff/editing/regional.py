@@ -41,7 +41,8 @@ def regional_sde(
         (DiffEditor's is 0 or 1; its eta enters the step linearly in between, here eta m does).
       eta: DDIM's eta inside, in [0, 1].
       steps: the steps of the grid that draw noise; None for the second fifth of them, the published
-        11 to 19 of 50. None is drawn in a step to sigma = 0.
+        11 to 19 of 50, or where that is empty (up to 9 steps, 11 and 12) for the one step at 3/10 of
+        the grid. None is drawn in a step to sigma = 0.
       outside: eta outside the mask.
       repeats: how often each step is taken, 1 by default: after each but the last time one step of
         DDIM inversion goes back up (z_{t-1} -> z_t, by the second output alone), an evaluation more.
@@ -58,7 +59,9 @@ def regional_sde(
     if is_concrete(mask) and not np.all((mask >= 0) & (mask <= 1)):
         raise ValueError("the mask must lie in [0, 1]")
     n = grid.steps
-    noisy = set(range(-(-n // 5) + 1, 2 * n // 5)) if steps is None else {int(i) for i in steps}
+    if steps is None:
+        steps = range(-(-n // 5) + 1, 2 * n // 5) or [3 * n // 10]
+    noisy = {int(i) for i in steps}
     repeats = [1] * n if repeats is None else [int(r) for r in repeats]
     if not noisy <= set(range(n)) or len(repeats) != n or min(repeats) < 1:
         raise ValueError(

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.integrator import State
+from jaxdiff.inversion.roots import check_memoryless
 from jaxdiff.sampling import sample
-from jaxdiff.solvers.inverse import entry
+from jaxdiff.solvers.inverse import entry, recovery
 from jaxdiff.solvers.tableau import Tableau
 
 
 def invert(
     denoiser: Denoiser, tableau: Tableau, state: State, key: jax.Array | None = None,
-    noise: Any = None, cond: Any = None, adjoint: Any = None,
+    noise: Any = None, cond: Any = None, adjoint: Any = None, started: bool = True,
 ) -> State:  # fmt: skip
     """The `State` before a sampler's first row, from the one after its last: exact to rounding.
 
@@ -30,20 +32,30 @@ def invert(
         `State((x_0, x_0), ())`; of BDIA and BELM the second holds the state one node earlier, which
         their builders on `grid.reversed()` make by a step of DDIM, as they encode.
       key, noise, cond, adjoint: as the forward run had them; noise is used in the reverse order.
+      started: whether the forward run began with x_T; False for one from a `State`, whose registers
+        were not those of the tableau's start.
 
     If row 0 rests on the start (`jaxdiff.solvers.recovery`), the result's registers are S_i x_T.
-    Raises ValueError if the tableau has no inverse, or another number of registers than the state;
-    TypeError for anything but a `State` (`sample(save="state")`).
+    Raises ValueError if the tableau has no inverse (with started=False: none of row 0), for another
+    number of registers than the state's, fewer draws made than the tableau makes, or a denoiser with
+    memory; TypeError for anything but a `State` (`sample(save="state")`).
     """
+    check_memoryless(denoiser, "invert")
     if not isinstance(state, State):
         raise TypeError(
             f"invert takes the whole State, of sample(save='state'), got {type(state).__name__}: one "
             "sample does not tell the other registers"
         )
     back = tableau.inverse()
+    recovery(tableau, started)
     if len(state.registers) != tableau.registers:
         raise ValueError(
             f"the state has {len(state.registers)} registers, the tableau {tableau.registers}"
+        )
+    if noise is None and is_concrete(state.draws) and state.draws < tableau.draws:
+        raise ValueError(
+            f"the forward run made {tableau.draws} draws or more, the state says {state.draws}: set its "
+            "draws, or pass noise="
         )
     matrix, shift = entry(tableau)
     registers = tuple(_combine(row, offset, state.registers) for row, offset in zip(matrix, shift))

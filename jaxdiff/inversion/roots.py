@@ -106,6 +106,15 @@ def tolerance(x: Any, tol: float | None) -> float:
     return 1e-12 if wide == np.float64 else 1e-6
 
 
+def check_memoryless(denoiser: Any, what: str) -> None:
+    """Raise ValueError for a denoiser with memory: backward, rows would find that of other rows."""
+    if getattr(denoiser, "memory", None) is not None:
+        raise ValueError(
+            f"{what} evaluates rows out of order: it takes no denoiser with memory; "
+            "jaxdiff.inversion.shoot does, which repeats whole runs"
+        )
+
+
 def check_counts(**counts: Any) -> None:
     """Raise ValueError unless every count is an integer of at least 1."""
     for name, value in counts.items():

@@ -8,7 +8,15 @@ import numpy as np
 
 from jaxdiff.arrays import as_arrays, is_concrete, jit_trees, structure_hash
 from jaxdiff.denoisers import Denoiser, check_single
-from jaxdiff.inversion.roots import METHODS, NotConvergedError, check_counts, rms, solve, tolerance
+from jaxdiff.inversion.roots import (
+    METHODS,
+    NotConvergedError,
+    check_counts,
+    check_memoryless,
+    rms,
+    solve,
+    tolerance,
+)
 from jaxdiff.predictions import PREDICTIONS
 from jaxdiff.sampling import check_call
 from jaxdiff.solvers.clocks import check_choice
@@ -62,7 +70,8 @@ def solve_back(
 
     Arguments:
       x: the sample, an array or a pytree [batch, ...], at the tableau's last node.
-      tol: for the rms residual of a sample's step; None: 1e-12 in float64, 1e-6 in float32.
+      tol: for the rms residual of a sample's step; None: 1e-12 in float64, 1e-6 in float32, times
+        sqrt(alpha^2 + sigma^2) of the row's level where that is above 1.
       max_iterations: of each step in each sweep. sweeps: at most so many (one for K = 1).
       guess: network inputs of every row, leaves [rows, batch, ...], instead of the first sweep: a fine
         naive run's nodes, say (the coarse-to-fine start of Hong et al.).
@@ -75,11 +84,16 @@ def solve_back(
     check_choice("splitting", splitting, tuple(p for p in PREDICTIONS if p != "score"))
     check_counts(max_iterations=max_iterations, sweeps=sweeps)
     check_single(denoiser, "solve_back")
+    check_memoryless(denoiser, "solve_back")
     x, cond, denoiser, guess = (as_arrays(tree) for tree in (x, cond, denoiser, guess))
     _check_tableau(tableau)
     check_call(denoiser, tableau, x, None, None, cond, "final", None, None)
-    tol = tolerance(x, tol)
     table = _table(tableau, denoiser.prediction, splitting)
+    size = np.maximum(1.0, np.hypot(table["alpha"], table["sigma"])) if tol is None else 1.0
+    tol = tolerance(x, tol)
+    table["tol"] = np.broadcast_to(tol * size, tableau.rows)
+    if guess is not None and jax.tree.structure(guess) != jax.tree.structure(x):
+        raise ValueError("guess must have the structure of x")
     for leaf, of in zip(jax.tree.leaves(guess), jax.tree.leaves(x)) if guess is not None else ():
         if leaf.shape != (tableau.rows, *of.shape):
             raise ValueError(
@@ -87,7 +101,7 @@ def solve_back(
             )
     structure = structure_hash(denoiser, x, cond, guess)
     multistep = bool(np.any(table["B"][:, 1:]))
-    limits = (np.float64(tol), np.int32(max_iterations), np.int32(sweeps))
+    limits = (np.int32(max_iterations), np.int32(sweeps))
     found = _run(denoiser, table, x, cond, guess, method, multistep, limits, structure)
     found = found._replace(
         x_T=jax.tree.map(lambda a: a[0] / float(np.asarray(tableau.start.S)[0]), found.states)
@@ -102,7 +116,8 @@ def _run(denoiser, table, x, cond, guess, method, multistep, limits, structure):
     rows, history = table["B"].shape
     wide = jnp.result_type(*jax.tree.leaves(x))
     table = {name: jnp.asarray(value, wide) for name, value in table.items()}
-    tol, max_iterations, sweeps = limits
+    max_iterations, sweeps = limits
+    tol = table["tol"][:, None]
 
     def integrand(row, s):
         out = denoiser(s, row["t"], row["alpha"], row["sigma"], cond)
@@ -116,7 +131,7 @@ def _run(denoiser, table, x, cond, guess, method, multistep, limits, structure):
             return jax.tree.map(lambda a, m: row["A"] * a + weight * m, s, integrand(row, s))
 
         y = jax.tree.map(jnp.subtract, after, known)
-        root = solve(method, phi, y, after, row["slope"], tol, max_iterations)
+        root = solve(method, phi, y, after, row["slope"], row["tol"], max_iterations)
         m = integrand(row, root.s) if multistep else ()
         return root.s, (root.s, m, root.residual, root.iterations)
 
@@ -191,6 +206,8 @@ def _check_tableau(tableau: Any) -> None:
             "solve_back inverts deterministic samplers; the noise of a stochastic one is found by "
             "edit-friendly inversion"
         )
+    if tableau.start.d is not None:
+        raise ValueError("solve_back takes no tableau whose start adds a constant (start.d)")
     if tableau.registers > 1 or tableau.outputs > 1 or tableau.d is not None:
         raise ValueError(
             f"solve_back takes samplers with one register and one output, got {tableau.registers} and "

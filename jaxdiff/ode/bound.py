@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxdiff.arrays import as_arrays, jit_trees
+from jaxdiff.arrays import as_arrays, is_concrete, jit_trees
 from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.grids import Grid
 from jaxdiff.losses import TIME_LAWS, TimeLaw, score_matching
@@ -36,7 +36,7 @@ from jaxdiff.names import unknown
 from jaxdiff.noise import normal, per_sample
 from jaxdiff.ode.dequantisation import bin_width, discretised_normal, from_levels
 from jaxdiff.ode.likelihood import check_continuous, prior_variance
-from jaxdiff.ode.solve import check_process
+from jaxdiff.ode.solve import check_forward, check_inside, check_process
 from jaxdiff.ode.traces import flatten
 from jaxdiff.processes import Process
 from jaxdiff.solvers.clocks import check_choice, check_order
@@ -95,6 +95,7 @@ def discrete_bound(
     denoiser: Denoiser, grid: Grid, x: Any, key: jax.Array, *, variance: str = "small",
     decoder: str = "normal", decoder_std: ArrayLike | None = None, levels: int | None = None,
     scaling: str = "centres", data_std: float = 1.0, samples: int = 1, cond: Any = None,
+    data_range: tuple[float, float] | None = None,
 ) -> Bound:  # fmt: skip
     """The bound of ancestral sampling on this grid: the sampler that `jaxdiff.solvers.ddpm` is.
 
@@ -104,10 +105,11 @@ def discrete_bound(
       grid: from noise to data. Where its last node has sigma = 0, that step is the decoder's, as in
         Ho et al. (2020), and the decoder reads the node before.
       x: what the decoder gives the probability of: with decoder "normal" continuous data, an array
-        or a pytree of leaves [batch, ...]; else integer levels, an array [batch, ...].
+        or a pytree of leaves [batch, ...]; else integer levels, an array [batch, ...]. Half
+        precision is promoted to float32.
       key: one key, or one per sample.
       variance: of a reverse step: "small", that of q(z' | z, x), or "large", that of q(z | z') (Ho et
-        al.'s beta~ and beta).
+        al.'s beta~ and beta; "fixed_small" and "fixed_large" of `ddpm`).
       decoder: "normal": x ~ N(x0_hat(z_n), decoder_std^2), a density; "discretised_normal": the same,
         rounded to `levels` (Ho et al. 2020, equation 13); "categorical": each number's level with
         probability proportional to N(z_n / alpha; level, sigma^2 / alpha^2) (Kingma et al. 2021),
@@ -116,9 +118,11 @@ def discrete_bound(
       levels, scaling: of integer data, as in `jaxdiff.ode.from_levels`.
       data_std: s in the variance of the start, sigma_0^2 + s^2 alpha_0^2.
       samples: draws of all the noise, averaged.
+      data_range: of continuous data, as in `jaxdiff.ode.log_likelihood`.
 
     Raises ValueError or TypeError for a grid from data to noise, a network that predicts nothing
-    where the grid starts (eps, score at alpha = 0), integers or levels where they do not fit.
+    where the grid starts (eps, score at alpha = 0), integers or levels where they do not fit, x
+    outside `data_range`, a decoder_std that is not positive.
     """
     check_single(denoiser, "the bound")
     check_choice("variance", variance, VARIANCES)
@@ -128,12 +132,12 @@ def discrete_bound(
     if grid.backward:
         raise ValueError("the bound takes a grid from noise to data, got a reversed one")
     last = grid.steps - 1 if grid.ends[1] else grid.steps
-    if grid.ends[0] and (denoiser.prediction in ("eps", "score") or variance == "large"):
+    if grid.ends[0] and denoiser.prediction in ("eps", "score"):
         raise ValueError(
-            f"the grid starts at alpha = 0, where a {denoiser.prediction!r} network with variance "
-            f"{variance!r} has no bound: use v, x0 or flow with 'small', or a smaller t_max"
+            f"the grid starts at alpha = 0, where a {denoiser.prediction!r} network has no bound: use "
+            "v, x0 or flow, or a smaller t_max"
         )
-    decode = _make_decoder(decoder, levels, scaling, x)
+    decode = _make_decoder(decoder, decoder_std, levels, scaling, x, data_range)
     levels_of = jax.tree.map(lambda a: a[: last + 1], (grid.t, grid.alpha, grid.sigma))
     parts = _discrete(
         *as_arrays((denoiser, levels_of, x, key, cond, data_std, decoder_std)), decode, variance,
@@ -144,9 +148,7 @@ def discrete_bound(
 
 @jit_trees
 def _discrete(denoiser, levels, x, key, cond, data_std, decoder_std, decode, variance, samples):
-    y = decode.data(x)
-    wide = jnp.result_type(float, *jax.tree.leaves(y))
-    y = jax.tree.map(lambda a: a.astype(wide), y)
+    y, wide = _widened(decode.data(x))
     levels = jax.tree.map(lambda a: jnp.asarray(a, wide), levels)
     snr = (levels[1] / levels[2]) ** 2
     start = levels[2][0] ** 2 + (data_std * levels[1][0]) ** 2
@@ -169,7 +171,7 @@ def _discrete(denoiser, levels, x, key, cond, data_std, decoder_std, decode, var
             loss = 0.5 * (snr[i + 1] - snr[i]) * gap
             if variance == "small":
                 return loss
-            ratio = snr[i + 1] / snr[i]
+            ratio = (levels[2][i] / levels[2][i + 1]) ** 2
             return loss / ratio + 0.5 * size * (jnp.log(ratio) + 1.0 / ratio - 1.0)
 
         steps = len(snr) - 1
@@ -185,7 +187,7 @@ def continuous_bound(
     law: str | TimeLaw | None = None, stratified: bool = True, t_min: float | None = None,
     t_max: float | None = None, decoder: str = "normal", decoder_std: ArrayLike | None = None,
     levels: int | None = None, scaling: str = "centres", data_std: float | None = None,
-    cond: Any = None,
+    cond: Any = None, data_range: tuple[float, float] | None = None,
 ) -> Bound:  # fmt: skip
     """The bound with infinitely many steps: what sampling the reverse SDE without error has.
 
@@ -195,14 +197,16 @@ def continuous_bound(
     For the exact denoiser of the data the bound is log p(x) itself, but for prior and decoder.
 
     Arguments:
-      samples: times (and noises) drawn for each sample of x, one after the other.
+      samples: times (and noises) drawn for each sample of x, one after the other: a call each, and
+        one more for the decoder unless it is "categorical".
       law: quantile of the times: a name in `jaxdiff.losses.TIME_LAWS`, a function (u, process) -> t
         such as `importance_law`; None is uniform in lambda.
       stratified: each sample's times are u, u + 1/samples, ... (mod 1) with one random u, as in
         Kingma et al. (2021); else independent.
-      t_min, t_max: the span, by default the process's; lambda must be finite at both.
+      t_min, t_max: the span, by default the process's; t_min < t_max, lambda finite at both.
       data_std: as `prior` of `jaxdiff.ode.log_likelihood`, where it is a number or None.
-    Others, and errors, as `discrete_bound`; ValueError for an unknown law or an infinite lambda.
+    Others, and errors, as `discrete_bound`; ValueError for an unknown law, an infinite lambda, a span
+    that is reversed or leaves the process's.
     """
     check_single(denoiser, "the bound")
     check_order(samples, 10**6, "samples")
@@ -212,7 +216,7 @@ def continuous_bound(
             raise ValueError(unknown("unknown time law", law, TIME_LAWS))
         law = TIME_LAWS[law]
     law = uniform_half_log_snr if law is None else law
-    decode = _make_decoder(decoder, levels, scaling, x)
+    decode = _make_decoder(decoder, decoder_std, levels, scaling, x, data_range)
     variance = prior_variance(process, process.t_max, data_std)
     parts = _continuous(
         *as_arrays((denoiser, process, x, key, cond, law, variance, decoder_std)), decode, samples,
@@ -225,9 +229,7 @@ def continuous_bound(
 def _continuous(
     denoiser, process, x, key, cond, law, variance, decoder_std, decode, samples, stratified
 ):
-    y = decode.data(x)
-    wide = jnp.result_type(float, *jax.tree.leaves(y))
-    y = jax.tree.map(lambda a: a.astype(wide), y)
+    y, wide = _widened(decode.data(x))
 
     def level_at(t):
         return tuple(jnp.asarray(a, wide) for a in (t, process.alpha(t), process.sigma(t)))
@@ -286,6 +288,7 @@ class ImportanceLaw:
 def importance_law(
     denoiser: Denoiser, process: Process, x: Any, key: jax.Array, *, bins: int = 32,
     samples: int = 16, t_min: float | None = None, t_max: float | None = None, cond: Any = None,
+    data_range: tuple[float, float] | None = None,
 ) -> ImportanceLaw:  # fmt: skip
     """The time law for `continuous_bound` whose density in lambda is that of the error's size.
 
@@ -297,7 +300,7 @@ def importance_law(
     check_single(denoiser, "the bound")
     check_order(bins, 10**4, "bins", 2)
     check_order(samples, 10**6, "samples")
-    check_continuous(x)
+    check_continuous(x, data_range)
     process = _on_span(process, t_min, t_max)
     sizes = _pilot(*as_arrays((denoiser, process, x, key, cond)), bins, samples)
     share = np.sqrt(np.asarray(sizes, np.float64))
@@ -311,6 +314,7 @@ def importance_law(
 
 @jit_trees
 def _pilot(denoiser, process, x, key, cond, bins, samples):
+    x, _ = _widened(x)
     batch = len(jax.tree.leaves(x)[0])
     keys = per_sample(key, batch)
 
@@ -325,6 +329,12 @@ def _pilot(denoiser, process, x, key, cond, bins, samples):
 
 
 # --- parts ----------------------------------------------------------------------------------------
+
+
+def _widened(tree: Any) -> tuple[Any, Any]:
+    """The tree with leaves of one dtype, at least float32, and that dtype."""
+    wide = jnp.promote_types(jnp.result_type(float, *jax.tree.leaves(tree)), jnp.float32)
+    return jax.tree.map(lambda a: a.astype(wide), tree), wide
 
 
 def _squares(tree: Any) -> Any:
@@ -350,6 +360,8 @@ def _on_span(process, t_min, t_max):
     check_process(process)
     t_min = process.t_min if t_min is None else t_min
     t_max = process.t_max if t_max is None else t_max
+    check_inside(process, (t_min, t_max))
+    check_forward(t_min, t_max)
     process = dataclasses.replace(process, t_min=float(t_min), t_max=float(t_max))
     for t, fix in ((process.t_min, "larger t_min"), (process.t_max, "smaller t_max")):
         if not np.isfinite(process.half_log_snr(t)):
@@ -357,16 +369,22 @@ def _on_span(process, t_min, t_max):
     return process
 
 
-def _make_decoder(kind: str, levels: Any, scaling: str, x: Any) -> _Decoder:
+def _make_decoder(
+    kind: str, std: Any, levels: Any, scaling: str, x: Any, data_range: Any
+) -> _Decoder:
     check_choice("decoder", kind, DECODERS)
+    if std is not None and is_concrete(std) and not np.all(np.asarray(std) > 0):
+        raise ValueError(f"decoder_std must be positive, got {std!r}")
     if kind == "normal":
         if levels is not None:
             raise ValueError(
                 "decoder 'normal' is for continuous data: pass no levels, or decoder= "
                 "'discretised_normal' or 'categorical' with the integer levels themselves"
             )
-        check_continuous(x)
+        check_continuous(x, data_range)
     else:
+        if data_range is not None:
+            raise ValueError(f"data_range is of continuous data, not of decoder {kind!r}'s levels")
         if levels is None:
             raise ValueError(f"decoder {kind!r} needs levels=, and integer x")
         bin_width(levels, scaling)

@@ -31,7 +31,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser
-from jaxdiff.ode.solve import Run, check_process, integrate, prepare
+from jaxdiff.ode.solve import Run, check_forward, check_process, integrate, prepare
 from jaxdiff.ode.terms import Problem, eps_of, lambda_slope, level_at
 from jaxdiff.ode.traces import Trace, check_trace, exact, flatten, value_and_trace
 from jaxdiff.predictions import convert
@@ -92,18 +92,21 @@ def log_likelihood(
         sigma^2 + alpha^2 at t_max (VE and EDM: sigma^2). A number s: sigma^2 + s^2 alpha^2, for data
         of standard deviation s. A function of x_T that returns [batch]: any other, such as the
         exact marginal of a mixture.
-      t_min, t_max: by default those of the process; lambda must be finite at both.
-      data_range: (low, high): raise unless x lies inside, as a check of units.
+      t_min, t_max: by default those of the process; t_min < t_max, lambda finite at both.
+      data_range: (low, high): raise unless x lies inside, as a check of units. Without it floats that
+        are all whole numbers, some beyond 2, are taken for grey levels, and raise.
 
     Returns a `LogLikelihood`; `jaxdiff.ode.bits_per_dim` converts it. Raises, before tracing,
-    ValueError or TypeError: what `solve` raises; for integers, or x outside `data_range`, naming the
-    functions that dequantise; for a trace without its key, or larger than it accepts.
+    ValueError or TypeError: what `solve` raises; for a reversed span; for integers, grey levels, or x
+    outside `data_range`, naming the functions that dequantise; for a trace without its key, or larger
+    than it accepts.
     """
     check_process(process)
     trace = exact() if trace is None else trace
     t_min = process.t_min if t_min is None else t_min
     t_max = process.t_max if t_max is None else t_max
     check_continuous(x, data_range)
+    check_forward(t_min, t_max)
     run = prepare(
         denoiser, process, x, t_min, t_max, cond, form, solver, stepsize_controller, dt0, None,
         adjoint, progress_meter,
@@ -204,12 +207,24 @@ def _log_prior(prior, process, t_max, x_T):
 
 
 def check_continuous(x: Any, data_range: tuple[float, float] | None = None) -> None:
-    """Raise TypeError for integers, ValueError for numbers outside `data_range`."""
+    """Raise TypeError for integers, ValueError for numbers outside `data_range`.
+
+    Without a `data_range`, ValueError for floats that are all whole numbers, not all within [-2, 2].
+    """
     for leaf in jax.tree.leaves(x):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{_DEQUANTISE}; got {dtype}")
-        if data_range is not None and is_concrete(leaf):
+        if not is_concrete(leaf) or not np.size(leaf):
+            continue
+        if data_range is None:
+            if getattr(leaf, "is_fully_addressable", True) and _looks_like_levels(np.asarray(leaf)):
+                raise ValueError(
+                    f"x holds whole numbers alone, up to {np.abs(np.asarray(leaf)).max():g}, which "
+                    f"look like grey levels: {_DEQUANTISE}, which also scale; if they are the data, "
+                    "pass data_range=(low, high)"
+                )
+        else:
             low, high = data_range
             least, most = (float(f(np.asarray(leaf))) for f in (np.min, np.max))
             if not low <= least <= most <= high:
@@ -217,3 +232,7 @@ def check_continuous(x: Any, data_range: tuple[float, float] | None = None) -> N
                     f"x must lie in [{low:g}, {high:g}], got numbers from {least:g} to {most:g}; if "
                     f"these are grey levels, {_DEQUANTISE}, which also scale"
                 )
+
+
+def _looks_like_levels(x: np.ndarray) -> bool:
+    return bool(np.abs(x).max() > 2) and bool(np.all(x == np.rint(x)))

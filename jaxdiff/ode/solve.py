@@ -256,13 +256,17 @@ def _check_method(solver: Any, controller: Any, dt0: Any, adjoint: Any) -> None:
             )
     elif isinstance(controller, diffrax.ConstantStepSize) and dt0 is None:
         raise ValueError("diffrax.ConstantStepSize needs dt0=, the step in the form's clock")
+    if hasattr(adjoint, "prepare"):  # as jaxdiff.sample asks
+        raise ValueError(
+            f"{type(adjoint).__name__} walks a tableau's rows back, and a flow has none: take "
+            "diffrax.BacksolveAdjoint (jaxdiff.gradients.adjoint_dpm) or RecursiveCheckpointAdjoint"
+        )
     if isinstance(adjoint, diffrax.ImplicitAdjoint):
         raise ValueError("ImplicitAdjoint is for steady states, which the probability flow has not")
 
 
-def _check_times(process: Process, times: Any) -> None:
-    if not is_concrete(process, times):
-        return
+def check_inside(process: Process, times: Any) -> np.ndarray:
+    """The vector of times in float64; raise ValueError unless the process is defined there."""
     times = np.asarray(times, np.float64)
     low = process.t_min if process.data_time is None else process.data_time
     high = process.t_max if process.noise_time is None else process.noise_time
@@ -270,6 +274,19 @@ def _check_times(process: Process, times: Any) -> None:
         raise ValueError(
             f"t must lie in [{low:g}, {high:g}] for {type(process).__name__}, got {times.tolist()}"
         )
+    return times
+
+
+def check_forward(t_min: Any, t_max: Any) -> None:
+    """Raise ValueError unless t_min < t_max."""
+    if is_concrete(t_min, t_max) and not t_min < t_max:
+        raise ValueError(f"need t_min < t_max, got t_min = {t_min:g} and t_max = {t_max:g}")
+
+
+def _check_times(process: Process, times: Any) -> None:
+    if not is_concrete(process, times):
+        return
+    times = check_inside(process, times)
     alpha, sigma = process.alpha(times), process.sigma(times)
     for scale, name, fix in ((alpha, "alpha", "smaller t_max"), (sigma, "sigma", "larger t_min")):
         if np.any(scale == 0):

@@ -87,6 +87,22 @@ def test_bad_arguments(denoiser):
             denoiser, TABLEAU, good, small, images, at_once=0)),
         ("deterministic", lambda: optimal_boundary_condition(
             denoiser, jd.solvers.ddpm(jd.grids.half_log_snr(PROCESS, 2)), good, small, images)),
+        (r"one number a pair, \[2\], got \(\)", lambda: optimal_boundary_condition(
+            denoiser, TABLEAU, good, small, images, mean_of_all)),
+        ("no candidate of 3 has a finite", lambda: optimal_boundary_condition(
+            denoiser, TABLEAU, good * np.nan, small, images)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def mean_of_all(x, y):
+    return jnp.mean(jnp.square(x - y))
+
+
+def test_a_candidate_of_no_finite_distance_is_not_chosen(denoiser):
+    images = digits("test").x[:2].astype(np.float32)
+    candidates = PROCESS.prior(jax.random.key(0), (3, 8, 8, 1)).at[0].set(np.nan)
+    found = optimal_boundary_condition(denoiser, TABLEAU, candidates, shrunk(images), images)
+    expected = np.mean(found.distances, 1)
+    assert np.isnan(expected[0]) and found.index == np.nanargmin(expected)

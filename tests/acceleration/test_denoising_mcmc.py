@@ -180,12 +180,22 @@ def test_each_sample_is_denoised_from_its_own_level(drawn):
     np.testing.assert_allclose(again.x[1][same], one[same], rtol=1e-2, atol=1e-3)
 
 
+def multistep(t_max):
+    return jd.solvers.dpm_solver_pp_multistep(jd.grids.karras(PROCESS, 4, t_max=t_max))
+
+
 def test_bad_arguments():
     levels, chain = exact_levels(RING.params, SIGMAS), joint(4)
     key = jax.random.key(0)
 
-    def moves(process=PROCESS, sigmas=SIGMAS, count=1, draw="sample"):
-        langevin_gibbs(RING, process, levels, sigmas, chain, key, count, 0.1, draw)
+    def moves(process=PROCESS, sigmas=SIGMAS, count=1, draw="sample", step_size=0.1):
+        langevin_gibbs(RING, process, levels, sigmas, chain, key, count, step_size, draw)
+
+    def rounds(count=1, lowest=0.1, build=denoise):
+        sigmas = np.geomspace(lowest, 2.0, 30)
+        denoising_langevin_gibbs(
+            RING, PROCESS, levels, sigmas, chain, key, build, count, 1, 0.1
+        )
 
     for match, call in (
         ("alpha = 1", lambda: moves(process=jd.processes.vp_linear())),
@@ -194,8 +204,12 @@ def test_bad_arguments():
         ("'sample' or 'argmax', got 'mean'", lambda: moves(draw="mean")),
         ("levels that rise", lambda: exact_levels(RING.params, [1.0, 0.0])),
         ("at least 1 and learning_rate", lambda: train_levels(chain.x, SIGMAS, key, steps=0)),
-        ("rounds must be", lambda: denoising_langevin_gibbs(
-            RING, PROCESS, levels, SIGMAS, chain, key, denoise, 0, 1, 0.1)),
-    ):  # fmt: skip
+        ("rounds must be", lambda: rounds(0)),
+        (r"levels must return \[4, 29\]", lambda: moves(sigmas=SIGMAS[1:])),
+        ("step_size must be positive", lambda: moves(step_size=0.0)),
+        ("step_size must be positive", lambda: moves(step_size=np.nan)),
+        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(lowest=0.01)),
+        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(lowest=0.01, build=multistep)),
+    ):
         with pytest.raises(ValueError, match=match):
             call()

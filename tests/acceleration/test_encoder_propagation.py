@@ -111,6 +111,20 @@ def test_all_keys_are_the_plain_sampler_and_parallel_is_sequential(tiny):
         run(propagate_encoder(plain, TABLEAU, 3, X))
 
 
+def test_parallel_refuses_other_levels_than_it_was_told(tiny):
+    plain = from_linen(MODULE, tiny, "v")
+    fast = propagate_encoder(plain, TABLEAU, 3, X, parallel=True)
+    for other in (jd.grids.uniform(PROCESS, 6, t_max=0.99, t_min=0.01), jd.grids.half_log_snr(PROCESS, 7)):
+        with pytest.raises(ValueError, match="this one has other levels"):
+            jd.sample(fast, jd.solvers.ddim(other), X, cond=LABEL)
+    # alpha = 1 tells nothing: NaN.
+    edm = jd.processes.edm()
+    one, two = (jd.solvers.ddim(jd.grids.karras(edm, 6, t_max=t)) for t in (80.0, 60.0))
+    fast = propagate_encoder(plain, one, 3, X, parallel=True)
+    assert np.all(np.isfinite(jd.sample(fast, one, X, cond=LABEL)))
+    assert np.all(np.isnan(jd.sample(fast, two, X, cond=LABEL)))
+
+
 def test_prior_noise_is_added_below_half_of_the_time():
     """With x0 = 0, x' = (sigma' / sigma) (x + 0.003 x_T)."""
     grid = jd.grids.uniform(PROCESS, 10)

@@ -64,9 +64,16 @@ def test_the_parts_are_two_runs(match):
 
 
 def test_lost_modes_come_back_at_half_of_the_evaluations():
-    """Row 152's measure: 95% of the base's entropy of modes."""
+    """Row 152's measure, 95% of the base's entropy of modes, for start = 2.
+
+    The paper's start = 1 wins nothing here (0.83 of the entropy, the distilled model's own 0.83): the
+    first of its steps, from t = 1 to 0.6, ends in noise that leaves the mode open (at t = 0.6 the x0
+    that the base sees is in the final mode for 0.6 of the samples), and the second, to 0.36, settles
+    it. Of the paper's models the first step does.
+    """
     base, distilled = entropy(run(4)[1]), entropy(run(0)[1])
     assert distilled < 0.85 * base
+    assert abs(entropy(run(1)[1]) - distilled) < 0.01 * base
     both, found = run(2)
     assert both.tableau.nfe <= 0.5 * 20
     assert entropy(found) >= 0.95 * base
@@ -85,12 +92,14 @@ def test_what_each_model_thinks_the_sample_will_be():
 
 def test_bad_arguments():
     heun = jd.solvers.heun
+    ve = jd.grids.uniform(jd.processes.ve(), 20)
     karras = jd.grids.karras(PROCESS, 20, t_max=0.99)
     for match, call in (
         ("start must be from 0 to 4, got 5", lambda: hybrid(BASE_GRID, FEW_GRID, 5)),
         ("match must be one of", lambda: hybrid(BASE_GRID, FEW_GRID, match="close")),
         ("from noise to data", lambda: hybrid(BASE_GRID.reversed(), FEW_GRID)),
         ("give it more steps", lambda: hybrid(FEW_GRID, jd.grids.uniform(PROCESS, 50))),
+        ("of two processes: at t = 0.6", lambda: hybrid(ve, FEW_GRID)),
         ("no switch in t separates", lambda: hybrid(karras, karras, 3, "exact", base=heun)),
     ):
         with pytest.raises(ValueError, match=match):

@@ -28,6 +28,12 @@ def test_in_one_dimension_the_cells_are_quantiles():
     np.testing.assert_allclose(cell_masses(fit.map, jax.random.key(1)), masses, atol=0.01)
 
 
+def test_no_more_steps_than_asked_for():
+    targets, key = np.random.default_rng(0).normal(size=(20, 2)), jax.random.key(0)
+    fit = fit_map(targets, key, tolerance=0.01, samples=64, max_steps=10, block=8)
+    assert fit.steps == 10 and not fit.converged
+
+
 def test_it_is_the_cheapest_map_for_the_masses_it_has():
     """No assignment of z's to the targets they use costs less: 300 points, exactly."""
     rng = np.random.default_rng(0)

@@ -176,3 +176,10 @@ GRID = jd.grids.half_log_snr(VP, 10)
 def test_bad_input_is_named(grid, table, denoiser, error, message):
     with pytest.raises(error, match=message):
         ito_density(grid, table, denoiser)
+
+
+def test_another_model_with_memory_is_refused():
+    denoiser = exact(BROAD)
+    other = jd.Denoiser(denoiser.fn, "eps", denoiser.params, memory=np.zeros(1))
+    with pytest.raises(ValueError, match="others must be without memory"):
+        ito_density(GRID, jd.solvers.ddpm(GRID), denoiser, others=(other,))

@@ -68,6 +68,16 @@ def test_a_linear_field_in_closed_form(x64):
     np.testing.assert_allclose(diagnostics.path_dependence(field, start, end, via), want, rtol=1e-8)
 
 
+def test_integer_vertices_are_points():
+    """Around the unit square the circulation is M_21 - M_12, whatever the type of the corners."""
+    field, square = Linear([[0.4, 1.5], [-1.5, 0.7]]), np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    loop = diagnostics.loop_integral(field, square[:, None])
+    np.testing.assert_allclose(loop, [-3.0], rtol=1e-5)
+    found = diagnostics.path_dependence(field, *square[[0, 2, 1], None])
+    # 1/2 x^T M x straight, and by the corner 1.5 less.
+    np.testing.assert_allclose(found, [1.5 / (0.55 + 0.95)], rtol=1e-5)
+
+
 def test_an_exact_score_is_a_gradient(x64):
     """Asymmetry and circulation below 1e-6, and line integrals are differences of log p."""
     field = diagnostics.ScoreField(broad("v"), PROCESS, T)

@@ -91,11 +91,14 @@ def test_a_decomposition_adds_up_and_its_maps_do(mixture, examples):
             mixture, PROCESS, examples, *conds, nodes, KEY, draws=4, surprisals=surprisals
         )
         np.testing.assert_allclose(sum(parts), whole, atol=1e-6 * np.abs(whole).max() + 1e-6)
-        split = diagnostics.partial_information(
-            mixture, PROCESS, examples, *conds, nodes, KEY, draws=4, surprisals=surprisals,
-            by_element=True,
-        )  # fmt: skip
-        np.testing.assert_allclose(sum(split), maps, atol=1e-5)
+    split = diagnostics.partial_information(
+        mixture, PROCESS, examples, *conds, nodes, KEY, draws=4, by_element=True
+    )
+    np.testing.assert_allclose(sum(split), maps, atol=1e-5)
+    with pytest.raises(ValueError, match="surprisals are of whole examples"):
+        diagnostics.partial_information(
+            mixture, PROCESS, examples, *conds, nodes, KEY, surprisals=surprisals, by_element=True
+        )
     twice = diagnostics.partial_information(
         mixture, PROCESS, examples, FIRST, FIRST, FIRST, NONE, nodes, KEY, draws=4
     )

@@ -102,17 +102,50 @@ def test_the_bottleneck_is_separable(ones_and_sevens, bottleneck):
     assert np.mean(found == (parts[1][1] == 7)) >= 0.9
 
 
-def test_a_replaced_bottleneck_is_the_decoders_input():
-    """From t on it is decode(features with another middle); at smaller times, nothing."""
+@pytest.fixture(scope="module")
+def small():
+    """A small UNet away from its initialisation, where the last layer is 0; its module, states."""
     module = jd.models.UNet(width=4, multipliers=(1,), num_blocks=1, attention_resolutions=())
-    x, times = jax.random.normal(KEY, (4, 4, 4, 1)), jnp.asarray([0.9, 0.6, 0.5, 0.1])
-    variables = jax.jit(module.init)(KEY, x, times)
-    # Away from the initialisation, where the last layer is 0.
+    x = jax.random.normal(KEY, (4, 4, 4, 1))
+    variables = jax.jit(module.init)(KEY, x, jnp.full(4, 0.5))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda a: np.asarray(a + 0.3 * rng.normal(size=a.shape), np.float32), variables
     )
-    net = jd.models.from_linen(module, variables, "v")
+    return module, variables, jd.models.from_linen(module, variables, "v"), x
+
+
+def test_the_bottleneck_crosses_a_boundary(small):
+    """h moved to its own distance is the unedited run; to another, in the first row alone, not."""
+    _, _, net, x = small
+    tableau = jd.solvers.ddim(jd.grids.uniform(PROCESS, 2, t_min=0.1, t_max=T_M))
+    level = [jnp.asarray(c)[0] for c in (tableau.t, tableau.alpha, tableau.sigma)]
+    name, rng = "middle_block_1", np.random.default_rng(1)
+
+    def plane(shape):
+        normal = rng.normal(size=shape)
+        return editing.Boundary(jnp.asarray(normal / np.linalg.norm(normal)), jnp.asarray(0.2))
+
+    z, of_h = plane(x.shape[1:]), plane((4, 4, 4))
+
+    @jax.jit
+    def runs(x):
+        h = editing.block_outputs(net, (name,), x, *level)[name]
+        distances = of_h.distance(h), jnp.full(len(x), 5.0)
+        edited = [
+            editing.cross_boundary(net, tableau, x, z, z.distance(x), of_h, d) for d in distances
+        ]
+        return jd.sample(net, tableau, x), *edited
+
+    plain, same, other = runs(x)
+    np.testing.assert_allclose(same, plain, rtol=1e-6, atol=3e-6)
+    assert np.abs(other - plain).max() > 0.01
+
+
+def test_a_replaced_bottleneck_is_the_decoders_input(small):
+    """From t on it is decode(features with another middle); at smaller times, nothing."""
+    module, variables, net, x = small
+    times = jnp.asarray([0.9, 0.6, 0.5, 0.1])
     level = times, PROCESS.alpha(times), PROCESS.sigma(times)
 
     @jax.jit
@@ -161,3 +194,5 @@ def test_bad_input_is_named():
         editing.mixing_step(np.zeros((3, 2, 1)), grid.reversed())
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\), got 1"):
         editing.mixing_step(np.zeros((4, 2, 1)), grid.reversed(), tolerance=1)
+    with pytest.raises(ValueError, match="must be finite"):
+        editing.mixing_step(np.full((4, 2, 1), np.nan), grid.reversed())

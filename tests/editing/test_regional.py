@@ -53,6 +53,17 @@ def test_it_is_the_published_step(x64, repeats):
     np.testing.assert_allclose(got, x, rtol=1e-9, atol=1e-9)
 
 
+def test_noise_is_drawn_by_default():
+    """In the published 11 to 19 of 50 steps, and in one at least of short grids."""
+    counts = {}
+    for n in (*range(1, 16), 50):
+        grid = jd.grids.half_log_snr(PROCESS, n, t_max=0.9, t_min=0.1)
+        counts[n] = editing.regional_sde(grid, MASK).draws
+    assert counts[50] == 9 and min(counts.values()) == 1
+    to_zero = jd.grids.half_log_snr(PROCESS, 2, t_max=0.9, end="zero")
+    assert editing.regional_sde(to_zero, MASK).draws == 1
+
+
 def test_a_seed_acts_inside_the_mask_alone():
     """One step with two seeds: the states differ where there is noise, and nowhere else."""
     grid = jd.grids.half_log_snr(PROCESS, 1, t_max=0.6, t_min=0.3)
@@ -93,7 +104,8 @@ def patches(params, x, levels, cond):
 def test_a_digit_moves():
     """By two pixels: correlation with the moved digit from below 0 to 0.7, and a quiet background.
 
-    Without energy and noise it is DDIM's round trip.
+    Without energy and noise it is DDIM's round trip. The edit is by the energies alone: eta = 0, no time
+    travel and 50 steps, where the paper has its regional SDE in the middle, and 100.
     """
     digits = jd.data.digits("train").x[:60]
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-2, -1, 0, 1, 2)]

@@ -24,7 +24,7 @@ def agreement(got, exact):
 
 
 def assert_agree(got, exact):
-    """SYSTEMS.md row 17: cosine > 0.999, relative error < 1%."""
+    """Cosine > 0.999 and a relative error below 1%, as two solvers of one flow should have."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(exact)):
         cosine, error = agreement(a, b)
         assert cosine > 0.999 and error < 0.01, (jax.tree_util.keystr(path), cosine, error)

@@ -248,3 +248,28 @@ def test_the_continuous_adjoint_of_a_stochastic_table_names_what_to_take():
             jd.Denoiser(lambda x, t: x), tableau, jnp.ones((2, 2)), jax.random.key(0),
             adjoint=diffrax.BacksolveAdjoint(),
         )  # fmt: skip
+
+
+def test_a_flow_has_no_rows_to_walk_back():
+    process = jd.processes.vp_linear()
+    denoiser = jd.gaussian_mixture(np.zeros((1, 1)), np.ones(1), np.ones(1), process)
+    options = {"t_min": 1e-2, "adjoint": ReversibleAdjoint()}
+    with pytest.raises(ValueError, match="walks a tableau's rows back.*adjoint_dpm"):
+        jd.ode.sample(denoiser, process, jnp.zeros((2, 1)), **options)
+
+
+def test_a_constant_alone_may_be_traced(x64):
+    process = jd.processes.vp_linear()
+    denoiser = jd.gaussian_mixture(np.zeros((1, 1)), np.ones(1), np.ones(1), process)
+    table = jd.solvers.bdia(jd.grids.uniform(process, 4))
+    x = jnp.ones((3, 1))
+
+    def total(d, adjoint):
+        return jnp.sum(jd.sample(denoiser, dataclasses.replace(table, d=d), x, adjoint=adjoint) ** 2)
+
+    zero = jnp.zeros((4, 2))
+    found, expected = (
+        jax.grad(total)(zero, a) for a in (ReversibleAdjoint(), diffrax.DirectAdjoint())
+    )
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-10)

@@ -159,3 +159,21 @@ def test_samplers_it_does_not_invert_are_named(make, message):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         solve_back(mixture(), jd.solvers.ddim(GRID), jnp.zeros((2, 2)), **options)
+
+
+def test_the_tolerance_follows_the_states_size():
+    """From sigma = 80 in float32, where a unit in the last place is 8e-6."""
+    process = jd.processes.edm()
+    denoiser = jd.gaussian_mixture(BROAD.means, BROAD.std, BROAD.weights, process, "x0")
+    tableau = jd.solvers.ddim(jd.grids.karras(process, 12))
+    x_T = process.prior(jax.random.key(0), (COUNT, 2))
+    found = solve_back(denoiser, tableau, jd.sample(denoiser, tableau, x_T))
+    assert np.all(found.converged)
+    again = jd.sample(denoiser, tableau, found.x_T)
+    np.testing.assert_allclose(again, jd.sample(denoiser, tableau, x_T), atol=2e-4)
+
+
+def test_a_denoiser_with_memory_is_named():
+    denoiser = jd.Denoiser(lambda x, t, memory: (x, memory), "eps", memory=jnp.zeros(()))
+    with pytest.raises(ValueError, match="solve_back .* no denoiser with memory"):
+        solve_back(denoiser, jd.solvers.ddim(GRID), jnp.zeros((2, 2)))

@@ -241,3 +241,13 @@ def test_what_invert_takes():
         jd.inversion.invert(DENOISER, table, short)
     with pytest.raises(TypeError, match="expected a Tableau"):
         jd.solvers.inverse(None)
+
+
+def test_invert_refuses_what_it_would_get_wrong():
+    table, x, state, _ = round_trip("bdia_ddim")
+    # BDIA's first row is singular: only the start tells what its second register was.
+    with pytest.raises(ValueError, match="row 0 of this tableau has no exact inverse"):
+        jd.inversion.invert(DENOISER, table, state, started=False)
+    remembering = dataclasses.replace(DENOISER, memory=jnp.zeros(()))
+    with pytest.raises(ValueError, match="no denoiser with memory"):
+        jd.inversion.invert(remembering, table, state)
