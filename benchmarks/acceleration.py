@@ -159,6 +159,7 @@ def ring_curves(samples: int) -> list[dict]:
         add("Heun", 2 * (nfe // 2), jd.sample(ring(EDM), jd.solvers.heun(grid), x_T))
     sigmas = np.geomspace(0.1, 2.0, 30)
     levels = exact_levels(mixture, sigmas)
+    # Not counted: the starts, exact samples one a chain, and the 100 moves (see README).
     start, _ = mixture.sample(jax.random.key(5), (samples,))
     start = start + 0.5 * jax.random.normal(jax.random.key(6), start.shape)
     chain = start_chain(levels, start, jax.random.key(7))

@@ -70,5 +70,24 @@ def test_the_example_of_guidance_runs():
         "jd": jd, "denoiser": denoiser, "labels": jnp.array([1, 2]), "x_T": jnp.zeros((2, 2)),
         "tableau": jd.solvers.ddim(jd.grids.half_log_snr(jd.processes.vp_linear(), 1)),
     }  # fmt: skip
-    exec(python_blocks()[-1], names)
+    exec(python_blocks()[-2], names)
     assert names["x_0"].shape == (2, 2)
+
+
+def test_the_example_of_both_directions_runs():
+    process = jd.processes.vp_linear()
+    mixture = jd.gaussian_mixture([[1.0, 0.0], [-1.0, 0.0]], [0.5, 0.5], [0.5, 0.5], process)
+    x_T = process.prior(jax.random.key(0), (8, 2))
+    names = {
+        "jd": jd, "jax": jax, "jnp": jnp, "denoiser": mixture, "process": process, "x_T": x_T,
+        "grid": jd.grids.uniform(process, 8),
+    }  # fmt: skip
+    names["x_0"] = jd.sample(mixture, jd.solvers.bdia(names["grid"]), x_T)
+    exec(python_blocks()[-1], names)
+    np.testing.assert_allclose(names["before"].registers[0], x_T, atol=1e-5)
+    level = process.alpha(process.t_min), process.sigma(process.t_min)
+    exact = mixture.params.log_density(names["x_0"], *level)
+    np.testing.assert_allclose(names["log_p"], exact, atol=1e-2)
+    step = 1e-3 * jax.random.normal(jax.random.key(1), x_T.shape)
+    change = names["loss"](x_T + step) - names["loss"](x_T - step)
+    np.testing.assert_allclose(2 * jnp.sum(names["gradient"] * step), change, rtol=0.05)

@@ -54,10 +54,9 @@ def hybrid(
         level; both models see the same scale of x.
       start: the first of the distilled model's steps that it does itself: 1, the paper's, leaves it
         all but its first. That is enough where this step settles what a sample will be, as in the
-        paper's models. Where it ends in noise that leaves this open, as on a long grid from little
-        data to much, the distilled model still settles it, and nothing is won: the base must go as
-        far as to where its x0 no longer changes kind (`save="x0"`). 0 is the distilled sampler, the
-        grid's number of steps the base sampler.
+        paper's models; where it ends in so much noise that the next one still does, nothing is won,
+        and 2 may be (`save="x0"` shows whether the distilled model's x0 from there on vary as the
+        base's do). 0 is the distilled sampler, the grid's number of steps the base sampler.
       match: "nearest", as in the code: the base stops at its node nearest in t to the distilled grid's
         node `start`, and the distilled model goes on from the level it is told there, which is not
         quite the state's. "exact": the base's last node is moved to that node.

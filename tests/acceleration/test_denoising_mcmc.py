@@ -127,7 +127,13 @@ def drawn():
 
 
 def test_twelve_evaluations_a_sample_are_as_good_as_forty_of_heun(drawn):
-    """Row 22's measure, with the last state: the least one's samples are too wide (see the next)."""
+    """Row 22's measure, but for how the chains start, and with the last state.
+
+    Not counted in the 12: every one of the 16,384 chains starts from a Heun sample of its own (40
+    evaluations) and makes 50 moves before its one sample. It tells that the moves and the short way
+    keep the distribution; what all costs together is the next test's. The state of least noise is too
+    wide (see below).
+    """
     heun, found, _ = drawn
     assert MOVES + denoise(1.0).nfe == 12
     x = np.asarray(found.x).reshape(-1, 2)
@@ -140,6 +146,43 @@ def test_twelve_evaluations_a_sample_are_as_good_as_forty_of_heun(drawn):
     nearest = np.argmin(np.linalg.norm(x[:, None] - MEANS, axis=-1), 1)
     shares = np.bincount(nearest, minlength=8) / len(x)
     assert np.max(np.abs(shares - WEIGHTS)) < 0.03
+
+
+def three_steps(t_max):
+    grid = jd.grids.karras(PROCESS, 3, t_max=t_max)
+    return jd.solvers.denoise_to_zero(jd.solvers.heun(grid), grid)
+
+
+def test_with_start_and_burn_in_counted_it_is_not_within_a_tenth_of_heun(drawn):
+    """64 chains from one Heun sample, 50 moves, then 256 samples each: 11.2 evaluations a sample.
+
+    The modes have their weights, as row 22 has it, but samples of one chain depend on each other:
+    of five starts (keys 1 to 5) the distances were 0.055 to 0.116, 0.091 on average, 2.1 times that of
+    as many Heun samples (0.040 to 0.048) and not 1.1. With 1,024 rounds, after 100 moves, it was
+    0.074 on average against 0.023 of as many.
+    """
+    heun, _, args = drawn
+    chains, rounds, moves, burn_in = 64, 256, 4, 50
+    first = jd.sample(
+        RING, jd.solvers.heun(jd.grids.karras(PROCESS, 20)),
+        PROCESS.prior(jax.random.key(101), (1, 2)),
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(1), 4)
+    start = first + 0.5 * jax.random.normal(keys[0], (chains, 2))
+    chain = start_chain(args[2], start, keys[1])
+    chain, _ = langevin_gibbs(*args, chain, keys[2], burn_in, 0.5, relative=True)
+    found = denoising_langevin_gibbs(
+        *args, chain, keys[3], three_steps, rounds, moves, 0.5, relative=True, select="last"
+    )
+    spent = 40 + chains * (burn_in + rounds * (moves + three_steps(1.0).nfe))
+    assert spent / (chains * rounds) < 11.3
+    x = np.asarray(found.x).reshape(-1, 2)
+    assert len(x) == len(heun)
+    nearest = np.argmin(np.linalg.norm(x[:, None] - MEANS, axis=-1), 1)
+    assert np.max(np.abs(np.bincount(nearest, minlength=8) / len(x) - WEIGHTS)) < 0.03
+    real, _ = RING.params.sample(jax.random.key(99), (60_000,))
+    ratio = np.divide(*(sliced_wasserstein(a, real, jax.random.key(0), 64) for a in (x, heun)))
+    assert 1.1 < ratio < 3
 
 
 def test_the_state_of_least_noise_is_too_wide(drawn):
@@ -193,9 +236,7 @@ def test_bad_arguments():
 
     def rounds(count=1, lowest=0.1, build=denoise):
         sigmas = np.geomspace(lowest, 2.0, 30)
-        denoising_langevin_gibbs(
-            RING, PROCESS, levels, sigmas, chain, key, build, count, 1, 0.1
-        )
+        denoising_langevin_gibbs(RING, PROCESS, levels, sigmas, chain, key, build, count, 1, 0.1)
 
     for match, call in (
         ("alpha = 1", lambda: moves(process=jd.processes.vp_linear())),
@@ -208,8 +249,8 @@ def test_bad_arguments():
         (r"levels must return \[4, 29\]", lambda: moves(sigmas=SIGMAS[1:])),
         ("step_size must be positive", lambda: moves(step_size=0.0)),
         ("step_size must be positive", lambda: moves(step_size=np.nan)),
-        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(lowest=0.01)),
-        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(lowest=0.01, build=multistep)),
+        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(1, 0.01)),
+        ("build raises at the lowest of sigmas, 0.01:", lambda: rounds(1, 0.01, multistep)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

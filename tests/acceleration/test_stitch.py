@@ -169,7 +169,8 @@ def test_bad_parts():
 def test_a_small_network_may_do_the_first_two_fifths():
     """Row 33's measure: sliced W2 to the digits within 5% of the large network's alone.
 
-    Few samples: the small network's own are 3% (8% of 500, in benchmarks) further away.
+    Few samples: the small network's own are 3% (8% of 500, in benchmarks) further away. Of the
+    curve over the share only its ends are compared here; benchmarks/results/acceleration.json has it.
     """
     process, real = jd.processes.vp_cosine(), digits("all").x
     tableau = jd.solvers.dpm_solver_pp_multistep(jd.grids.half_log_snr(process, 10))

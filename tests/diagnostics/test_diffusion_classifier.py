@@ -194,7 +194,7 @@ def test_digits():
     """Held-out digits: at least 0.93 right, from 4 shared draws already.
 
     60 images, for speed: benchmarks/results/diagnostics.json has 100 and up to 32 draws. The defaults
-    of benchmarks/diagnostics.py, 300 and 64, were not run.
+    of benchmarks/diagnostics.py, 300 and 64, are in no committed result.
     """
     held = jd.data.digits("test")
     found = diagnostics.classify(
