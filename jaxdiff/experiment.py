@@ -232,11 +232,7 @@ def _learn_sigma(config: ConfigDict, process: Process) -> dict[str, bool]:
             "config.denoiser.learn_sigma is for the process 'ddpm' without preconditioning, got "
             f"config.process.name {config.process.name!r}"
         )
-    if not hasattr(SECTIONS["model"].choices[config.model.name], "learn_sigma"):
-        raise ValueError(
-            "config.denoiser.learn_sigma needs a network for images, got config.model.name "
-            f"{config.model.name!r}"
-        )
+    _check_network(config, "learn_sigma", "config.denoiser.learn_sigma needs a network for images")
     return {"learn_sigma": True}
 
 
@@ -250,12 +246,15 @@ def _augment_dim(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
             "config.augment needs examples of shape [height, width, channels] of at least 2 x 2 "
             f"pixels, got {list(shape)}"
         )
-    if not hasattr(SECTIONS["model"].choices[config.model.name], "augment_dim"):
-        raise ValueError(
-            "config.augment needs a network that is told of it, got config.model.name "
-            f"{config.model.name!r}"
-        )
+    _check_network(config, "augment_dim", "config.augment needs a network that is told of it")
     return {"augment_dim": count}
+
+
+def _check_network(config: ConfigDict, field: str, need: str) -> None:
+    """Raise ValueError, with what is needed, unless the chosen network has the field."""
+    name = config.model.name
+    if not hasattr(SECTIONS["model"].choices[name], field):
+        raise ValueError(f"{need}, got config.model.name {name!r}")
 
 
 def sampler(config: ConfigDict) -> dict[str, Any]:

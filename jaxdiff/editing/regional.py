@@ -124,10 +124,10 @@ class _Guided:
         t, alpha, sigma = levels
         out = evaluate(x, t, alpha, sigma, cond).astype(x.dtype)
 
-        def slope(i):
-            return jax.grad(lambda y: jnp.sum(self.energy(params, y, levels, cond)[i]))(x)
-
-        guidance = mask * slope(0) + (1 - mask) * slope(1)
+        energies, pull = jax.vjp(lambda y: self.energy(params, y, levels, cond), x)
+        zero, one = (jax.tree.map(fill, energies) for fill in (jnp.zeros_like, jnp.ones_like))
+        (edit,), (content,) = pull((one[0], zero[1])), pull((zero[0], one[1]))
+        guidance = mask * edit + (1 - mask) * content
         active = to_batch((t >= low) & (t <= high), x)
         shift = to_batch(scale * sigma / alpha, x).astype(x.dtype) * guidance
         x0 = convert(out, x, self.prediction, "x0", alpha, sigma)

@@ -60,11 +60,13 @@ ADM = BlockStyle()
 DDPM = BlockStyle(adaptive_scale=False)
 
 
-def doubled(x):
+def doubled(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h2 w2 channels"]:
+    """Twice the height and width: every pixel becomes four."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def halved(x):
+def halved(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h2 w2 channels"]:
+    """Half the height and width: means of 2 x 2 pixels."""
     return nn.avg_pool(x, (2, 2), (2, 2))
 
 

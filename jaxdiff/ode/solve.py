@@ -213,6 +213,7 @@ def integrate(run: Run, term: Any, y0: Any, args: Any, ts: Any, max_steps: int) 
 
 
 def check_process(process: Any) -> None:
+    """Raise TypeError for anything but a process."""
     if not isinstance(process, Process):
         raise TypeError(f"expected a process of jaxdiff.processes, got {type(process).__name__}")
 

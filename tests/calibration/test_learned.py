@@ -11,7 +11,7 @@ from oracles import Mixture
 
 import jaxdiff as jd
 from jaxdiff import calibration
-from jaxdiff.calibration import learned_tableau, no_freedom
+from jaxdiff.calibration import learned, learned_tableau, no_freedom
 from jaxdiff.denoisers import level
 
 VP, EDM = jd.processes.vp_linear(), jd.processes.edm()
@@ -237,3 +237,19 @@ def test_bad_input(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         calibration.learn(**options)
+
+
+@pytest.mark.parametrize("build", [jd.solvers.unipc, jd.solvers.deis])
+def test_the_builders_gradient_taken_forward_is_the_reverse_one(build, x64):
+    grid = jd.grids.half_log_snr(jd.processes.vp_linear(), 4)
+    nodes = jnp.asarray(np.random.default_rng(0).normal(size=4))
+    at_nodes = functools.partial(learned._at_nodes, build, grid)
+
+    def total(make, nodes):
+        table = make(nodes)
+        return sum(jnp.sum(jnp.sin(a)) for a in (table.A, table.B, table.t, table.alpha))
+
+    forward = functools.partial(learned._with_forward_gradient, at_nodes)
+    found, expected = (jax.grad(functools.partial(total, f))(nodes) for f in (forward, at_nodes))
+    assert np.abs(expected).min() > 1e-6
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
