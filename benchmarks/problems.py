@@ -16,6 +16,7 @@ from jaxdiff.generation import balanced_labels
 from jaxdiff.training.run import read_experiment, restore
 
 GUIDED, DIGITS = "VP, 16-D, guidance", "digits network, guidance"
+FITTED = 2.0  # the guidance scale to fit at
 
 
 class Problem(NamedTuple):
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     held: slice
     fresh: slice
     steps: int  # of Adam
+    searched: int = 256  # starts to fit to that a search takes
 
     def data(self, part, scale):
         """Of some starts: (x, ends, cond)."""
@@ -44,9 +46,9 @@ class Problem(NamedTuple):
         }[name]  # fmt: skip
         return spacing(self.process, steps, t_max=self.span[0], t_min=self.span[1])
 
-    def some(self, count):
-        """The first starts to fit to, `count` at most."""
-        return slice(min(count, self.fit.stop))
+    def some(self, count=None):
+        """The first starts to fit to, `count` at most; by default those that a search takes."""
+        return slice(min(count or self.searched, self.fit.stop))
 
     def error(self, table, part, scale):
         x, ends, cond = self.data(part, scale)
@@ -77,8 +79,8 @@ def _conditional(params, x, levels, cond):
     return jnp.where(cond[:, None] == 1, part, whole)
 
 
-def _many_steps(denoiser, process, span, x, cond):
-    grid = jd.grids.half_log_snr(process, 1000, t_max=span[0], t_min=span[1])
+def _many_steps(denoiser, process, span, x, cond, steps=1000):
+    grid = jd.grids.half_log_snr(process, steps, t_max=span[0], t_min=span[1])
     table = jd.solvers.build("dpm_solver_pp_2m", grid)
     return np.asarray(jd.sample(denoiser, table, x, cond=cond), np.float64)
 
@@ -104,9 +106,11 @@ def of_guidance():
 
 
 def of_digits(run):
+    """A network is dear: 64 starts to fit to, 32 to search with, ends of 250 steps, and at the scales
+    not fitted to of the fresh starts alone."""
     experiment = read_experiment(run)
     variables = restore(experiment, run).ema
-    process, count = experiment.process, 384
+    process, count, first = experiment.process, 320, 128
     span = process.t_max, process.t_min
     x = np.asarray(process.prior(jax.random.key(6), (count, *experiment.shape)))
     labels = np.asarray(balanced_labels(experiment, count))
@@ -117,10 +121,15 @@ def of_digits(run):
 
     @functools.cache
     def ends(scale):
-        return _many_steps(guided(scale), process, span, x, labels)
+        skipped = 0 if scale == FITTED else first
+        found = np.full(x.shape, np.nan)
+        found[skipped:] = _many_steps(
+            guided(scale), process, span, x[skipped:], labels[skipped:], 250
+        )
+        return found
 
-    parts = slice(128), slice(128, 192), slice(192, None)
-    return Problem(process, span, guided, x, labels, ends, *parts, 150)
+    parts = slice(64), slice(64, first), slice(first, None)
+    return Problem(process, span, guided, x, labels, ends, *parts, 150, 32)
 
 
 def problems(run):
