@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser, check_single, level
 from jaxdiff.integrator import Control, RowInfo
-from jaxdiff.models.unet import Features, UNet
+from jaxdiff.models.network import Features, TwoHalves
 from jaxdiff.solvers.tableau import Tableau
 
 # The code's keys for 50 steps ("50ls" is that of the paper's Stable Diffusion), as it names them.
@@ -78,7 +78,7 @@ def propagate_encoder(
     denoiser: Denoiser, tableau: Tableau, keys: str | int | Iterable[int], like: Any,
     parallel: bool = False,
 ) -> Denoiser:  # fmt: skip
-    """The denoiser of a `jaxdiff.models.UNet` whose encoder runs at the key rows of a sampler only.
+    """The denoiser of a `UNet` or `SongUNet` whose encoder runs at the key rows of a sampler only.
 
         fast = propagate_encoder(denoiser, tableau, "50ls", x_T)
         x0 = jd.sample(fast, tableau, x_T, cond=labels)
@@ -89,7 +89,8 @@ def propagate_encoder(
     not run (`lax.cond`).
 
     Arguments:
-      denoiser: of `jaxdiff.models.from_linen` with a `UNet`; guidance and thresholding come after it.
+      denoiser: of `jaxdiff.models.from_linen` with one of these networks; guidance and thresholding
+        come after it.
       keys: see `key_rows`, or the rows themselves, 0 among them.
       like: x_T, or a `jax.ShapeDtypeStruct` of it: the memory has its shape. Under classifier-free
         guidance the network sees both halves at once, so twice the batch.
@@ -103,9 +104,9 @@ def propagate_encoder(
     """
     check_single(denoiser, "propagate_encoder")
     fn = denoiser.fn
-    if not isinstance(getattr(fn, "module", None), UNet):
+    if not isinstance(getattr(fn, "module", None), TwoHalves):
         raise TypeError(
-            "propagate_encoder takes jaxdiff.models.from_linen(UNet(...), ...): the network's own "
+            "propagate_encoder takes jaxdiff.models.from_linen of a UNet or SongUNet: the network's own "
             f"denoiser, whose way down and up are known, got {fn!r}"
         )
     if fn.train:
@@ -135,13 +136,13 @@ def propagate_encoder(
     return Denoiser(found, denoiser.prediction, params, level, memory, denoiser.cost)
 
 
-def _memory(module: UNet, variables: Any, like: Any, longest: int | None) -> Propagated:
+def _memory(module: TwoHalves, variables: Any, like: Any, longest: int | None) -> Propagated:
     zero = jnp.zeros((), jnp.int32)
     if longest is not None:
         return Propagated(zero, zero, jnp.zeros((longest, *like.shape), like.dtype))
     cond = {}
-    if module.image_channels:
-        cond["image"] = jnp.zeros((*like.shape[:3], module.image_channels), like.dtype)
+    if channels := getattr(module, "image_channels", 0):
+        cond["image"] = jnp.zeros((*like.shape[:3], channels), like.dtype)
     if module.num_classes is not None:
         cond["label"] = np.zeros(like.shape[0], np.int32)
 
@@ -213,7 +214,7 @@ class _Propagating:
 
 
 def _decode_all(
-    module: UNet, variables: Any, features: Features, times: Float[Array, " rows"], cond: Any
+    module: TwoHalves, variables: Any, features: Features, times: Float[Array, " rows"], cond: Any
 ) -> Float[Array, "rows batch height width channels"]:
     """One decoder pass over rows x batch, of one encoder's features."""
     rows, batch = times.shape[0], features.middle.shape[0]

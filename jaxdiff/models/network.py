@@ -1,6 +1,7 @@
 """What the networks share: masks of blocks; and the image networks: the call, the learned variance,
 self-attention."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,42 @@ class ImageNetwork(nn.Module):
             raise ValueError("no variance output: this network was made with learn_sigma=False")
         prediction, variance = jnp.split(self._forward(x, t, cond, train, keep), 2, axis=-1)
         return prediction, variance
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a UNet's decoder takes of its encoder: `middle` [batch, h, w, channels] and the `skips`, in
+    the encoder's order. Static: `channels` and `dtype` of the image."""
+
+    middle: Array
+    skips: tuple[Array, ...]
+    channels: int = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+
+class TwoHalves(ImageNetwork):
+    """Base of UNets: `encode` and `decode` are the way down with the middle, and the way up, on the
+    same variables. A subclass has `_run(x, t, cond, train, keep, part)` for "all" and both parts."""
+
+    def encode(
+        self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None
+    ) -> Features:
+        """The way down and the middle: `apply(variables, x, t, cond, method="encode")`.
+
+        The network is decode(encode(x, t, cond), t, cond), also where t [batch] differs.
+        """
+        return self._run(x, t, cond, False, None, "encode")
+
+    def decode(
+        self, features: Features, t: ArrayLike, cond: Any = None
+    ) -> Float[Array, "batch height width channels"]:
+        """The way up, from `encode`'s features: `apply(variables, features, t, cond,
+        method="decode")`. `t` may be another than the encoder's."""
+        return self._run(features, t, cond, False, None, "decode")[..., : features.channels]
+
+    def _forward(self, x, t, cond, train, keep):
+        return self._run(x, t, cond, train, keep, "all")
 
 
 class SelfAttention(nn.Module):

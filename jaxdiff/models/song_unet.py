@@ -23,7 +23,8 @@ from jaxdiff.models.embeddings import (
     sinusoidal,
 )
 from jaxdiff.models.network import (
-    ImageNetwork,
+    Features,
+    TwoHalves,
     block_factors,
     check_image,
     check_remat,
@@ -123,7 +124,7 @@ class _Conditioning(nn.Module):
         return jnp.where(wrong[:, None], jnp.nan, one_hot)
 
 
-class SongUNet(ImageNetwork):
+class SongUNet(TwoHalves):
     """DDPM++ and NCSN++: `apply(variables, x, t, cond, train=False)`.
 
     x is [batch, height, width, channels]. The walk down and up is that of `jaxdiff.models.UNet`;
@@ -237,15 +238,17 @@ class SongUNet(ImageNetwork):
         return tuple(names)
 
     @nn.compact
-    def _forward(self, x, t, cond, train, keep):
-        check_image(x)
+    def _run(self, x, t, cond, train, keep, part):
+        """The network, or the part "encode" or "decode" of it; x of "decode" is `Features`."""
+        image = x.skips[0] if part == "decode" else x
+        check_image(image)
         check_rng(self, "dropout", self.dropout, train)
-        attends, taps = self._attends(x.shape), self.resample_filter
-        factors = block_factors(keep, self.blocks(x.shape))
+        attends, taps = self._attends(image.shape), self.resample_filter
+        factors = block_factors(keep, self.blocks(image.shape))
         c = _Conditioning(
             4 * self.width, self._frequencies(), self.time_scale, self.num_classes,
             self.label_dropout, self.augment_dim, name="condition",
-        )(t, read_cond(cond, _CONDITIONS), x.shape[0], train)  # fmt: skip
+        )(t, read_cond(cond, _CONDITIONS), image.shape[0], train)  # fmt: skip
         res_block = rematerialised(ResBlock, self.remat, static_argnums=(3,))
         attention_block = rematerialised(AttentionBlock, self.remat)
 
@@ -282,43 +285,52 @@ class SongUNet(ImageNetwork):
                 return h, h
             return h, image
 
-        def output(h, level):
-            wide = jnp.promote_types(x.dtype, jnp.float32)
+        def output(h, features, level):
             h = nn.silu(_STYLE.norm(h, self.dtype, f"norm_out_{level}"))
             return conv(
-                h, x.shape[-1] * (1 + self.learn_sigma), f"out_{level}",
-                kernel_init=nn.initializers.zeros, dtype=wide,
+                h, features.channels * (1 + self.learn_sigma), f"out_{level}",
+                kernel_init=nn.initializers.zeros,
+                dtype=jnp.promote_types(features.dtype, jnp.float32),
             )  # fmt: skip
 
         widths = [int(self.width * m) for m in self.multipliers]
-        h, image = conv(x, self.width, "in"), x
-        skips = [h]
-        for level, channels in enumerate(widths):
-            if level > 0:
-                h = residual(h, h.shape[-1], f"down_{level - 1}_resample", down)
-                h, image = joined(h, image, level)
-                skips.append(h)
-            for i in range(self.num_blocks):
-                h = residual(h, channels, f"down_{level}_block_{i}")
+
+        def encoder(x):
+            h, image = conv(x, self.width, "in"), x
+            skips = [h]
+            for level, channels in enumerate(widths):
+                if level > 0:
+                    h = residual(h, h.shape[-1], f"down_{level - 1}_resample", down)
+                    h, image = joined(h, image, level)
+                    skips.append(h)
+                for i in range(self.num_blocks):
+                    h = residual(h, channels, f"down_{level}_block_{i}")
+                    if attends[level]:
+                        h = attend(h, f"down_{level}_attention_{i}")
+                    skips.append(h)
+            h = residual(h, widths[-1], "middle_block_0")
+            h = attend(h, "middle_attention")
+            h = residual(h, widths[-1], "middle_block_1")
+            return Features(h, tuple(skips), x.shape[-1], str(x.dtype))
+
+        def decoder(features):
+            h, skips, out = features.middle, list(features.skips), None
+            for level, channels in reversed(list(enumerate(widths))):
+                if level < len(widths) - 1:
+                    h = residual(h, h.shape[-1], f"up_{level + 1}_resample", up)
+                for i in range(self.num_blocks + 1):
+                    h = jnp.concatenate([h, skips.pop()], axis=-1)
+                    h = residual(h, channels, f"up_{level}_block_{i}")
                 if attends[level]:
-                    h = attend(h, f"down_{level}_attention_{i}")
-                skips.append(h)
-        h = residual(h, widths[-1], "middle_block_0")
-        h = attend(h, "middle_attention")
-        h = residual(h, widths[-1], "middle_block_1")
-        out = None
-        for level, channels in reversed(list(enumerate(widths))):
-            if level < len(widths) - 1:
-                h = residual(h, h.shape[-1], f"up_{level + 1}_resample", up)
-            for i in range(self.num_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = residual(h, channels, f"up_{level}_block_{i}")
-            if attends[level]:
-                h = attend(h, f"up_{level}_attention_{self.num_blocks}")
-            if self.decoder == "skip" or level == 0:
-                here = output(h, level)
-                out = here if out is None else here + up(out)
-        return out
+                    h = attend(h, f"up_{level}_attention_{self.num_blocks}")
+                if self.decoder == "skip" or level == 0:
+                    here = output(h, features, level)
+                    out = here if out is None else here + up(out)
+            return out
+
+        if part == "encode":
+            return encoder(x)
+        return decoder(x if part == "decode" else encoder(x))
 
     def _attends(self, shape: tuple[int, ...]) -> list[bool]:
         return attending_levels(shape, len(self.multipliers), self.attention_resolutions)

@@ -1,14 +1,13 @@
 """The convolutional UNet of DDPM (Ho et al., 2020) in ADM's form (Dhariwal & Nichol, "Diffusion
 models beat GANs on image synthesis", 2021)."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array
 
 from jaxdiff.models.embeddings import (
     DEFAULT_INIT,
@@ -19,7 +18,8 @@ from jaxdiff.models.embeddings import (
     read_cond,
 )
 from jaxdiff.models.network import (
-    ImageNetwork,
+    Features,
+    TwoHalves,
     block_factors,
     check_image,
     check_remat,
@@ -39,19 +39,7 @@ RESAMPLINGS = ("block", "conv")
 _CONDITIONS = ("label", "image", "augment")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """What a UNet's decoder takes of its encoder: `middle` [batch, h, w, channels] and the `skips`, in
-    the encoder's order. Static: `channels` and `dtype` of the image."""
-
-    middle: Array
-    skips: tuple[Array, ...]
-    channels: int = dataclasses.field(metadata={"static": True})
-    dtype: str = dataclasses.field(metadata={"static": True})
-
-
-class UNet(ImageNetwork):
+class UNet(TwoHalves):
     """ADM's UNet: `apply(variables, x, t, cond, train=False)`.
 
     x is [batch, height, width, channels]. Level i works at 1 / 2^i of the size with width *
@@ -150,25 +138,6 @@ class UNet(ImageNetwork):
         for level in range(last, -1, -1):
             add("up", level, self.num_blocks + 1, level > 0)
         return tuple(names)
-
-    def encode(
-        self, x: Float[Array, "batch height width channels"], t: ArrayLike, cond: Any = None
-    ) -> Features:
-        """The way down and the middle: `apply(variables, x, t, cond, method="encode")`.
-
-        The network is decode(encode(x, t, cond), t, cond), also where t [batch] differs.
-        """
-        return self._run(x, t, cond, False, None, "encode")
-
-    def decode(
-        self, features: Features, t: ArrayLike, cond: Any = None
-    ) -> Float[Array, "batch height width channels"]:
-        """The way up, from `encode`'s features: `apply(variables, features, t, cond,
-        method="decode")`. `t` may be another than the encoder's."""
-        return self._run(features, t, cond, False, None, "decode")[..., : features.channels]
-
-    def _forward(self, x, t, cond, train, keep):
-        return self._run(x, t, cond, train, keep, "all")
 
     @nn.compact
     def _run(self, x, t, cond, train, keep, part):

@@ -14,7 +14,7 @@ from jaxdiff.acceleration import KEY_SETS, PriorNoise, key_rows, propagate_encod
 from jaxdiff.data import digits
 from jaxdiff.guidance import classifier_free
 from jaxdiff.metrics import sliced_wasserstein
-from jaxdiff.models import UNet, from_linen
+from jaxdiff.models import SongUNet, UNet, from_linen
 from jaxdiff.training.flops import count
 
 PROCESS = jd.processes.vp_cosine()
@@ -27,14 +27,18 @@ LABEL = jnp.array([0, 2])
 TABLEAU = jd.solvers.dpm_solver_pp_multistep(jd.grids.half_log_snr(PROCESS, 6))
 
 
-@pytest.fixture(scope="module")
-def tiny():
+def random_weights(module):
     """Random weights everywhere, the layers that start at zero too."""
     made, rng = (
-        jax.eval_shape(MODULE.init, jax.random.key(1), X, 0.5, LABEL),
+        jax.eval_shape(module.init, jax.random.key(1), X, 0.5, LABEL),
         np.random.default_rng(2),
     )
     return jax.tree.map(lambda a: 0.3 * rng.normal(size=a.shape).astype(np.float32), made)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_weights(MODULE)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))
@@ -53,6 +57,24 @@ def test_the_network_is_its_decoder_after_its_encoder(tiny):
     # The decoder has the time and the label of its own: with others it is another function.
     assert np.abs(apply(MODULE, tiny, features, t + 0.1, LABEL, "decode") - found).max() > 1e-3
     assert np.abs(apply(MODULE, tiny, features, t, LABEL[::-1], "decode") - found).max() > 1e-3
+
+
+def test_an_ncsn_pp_splits_too():
+    """With both pyramids, of the input image and of the output."""
+    module = SongUNet.ncsn_pp(
+        width=8, multipliers=(1, 2), num_blocks=1, attention_resolutions=(), num_classes=3,
+        decoder="skip",
+    )  # fmt: skip
+    weights, t = random_weights(module), jnp.array([0.2, 0.7])
+    features = apply(module, weights, X, t, LABEL, "encode")
+    whole, found = (
+        apply(module, weights, X, t, LABEL),
+        apply(module, weights, features, t, LABEL, "decode"),
+    )
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+    fast = propagate_encoder(from_linen(module, weights, "v"), TABLEAU, 2, X)
+    state = jd.sample(fast, TABLEAU, X, cond=LABEL, save="state")
+    assert (int(state.memory.row), int(state.memory.encoded)) == (6, 3)
 
 
 def test_the_key_sets_of_the_code():
