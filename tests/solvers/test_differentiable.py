@@ -33,8 +33,15 @@ def coefficients(name, end):
     return of
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in HOST_ONLY])
-@pytest.mark.parametrize("end", ["t_min", "zero"])
+TRACED = [name for name in SETTINGS if name not in HOST_ONLY]
+# At sigma = 0 an entry's settings share their limits: the first and the last of each.
+FIRST = {SETTINGS[name][0].name: name for name in reversed(TRACED)}
+LAST = {SETTINGS[name][0].name: name for name in TRACED}
+CASES = [("t_min", name) for name in TRACED]
+CASES += [("zero", name) for name in TRACED if name in (*FIRST.values(), *LAST.values())]
+
+
+@pytest.mark.parametrize(("end", "name"), CASES)
 def test_traced_nodes_give_the_same_table_and_its_derivative(x64, name, end):
     of = coefficients(name, end)
     values, slopes = jax.jvp(of, (jnp.asarray(TIMES),), (jnp.asarray(DIRECTION),))
