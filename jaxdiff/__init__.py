@@ -4,6 +4,7 @@ import importlib as _importlib
 
 from jaxdiff import grids as grids
 from jaxdiff import guidance as guidance
+from jaxdiff import inverse as inverse
 from jaxdiff import inversion as inversion
 from jaxdiff import losses as losses
 from jaxdiff import ode as ode
@@ -28,7 +29,7 @@ from jaxdiff.sampling import sample as sample
 # Loaded on first use: they import flax, scikit-learn or grain, which the core does without.
 _LAZY = (
     "ablation", "acceleration", "calibration", "controls", "data", "diagnostics", "editing",
-    "gradients", "learned_variance", "metrics", "models", "parallel", "training",
+    "gradients", "learned_variance", "metrics", "models", "parallel", "steering", "training",
 )  # fmt: skip
 
 

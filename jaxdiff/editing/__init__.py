@@ -4,6 +4,8 @@ from jaxdiff.editing.boundary import Boundary as Boundary
 from jaxdiff.editing.boundary import cross_boundary as cross_boundary
 from jaxdiff.editing.boundary import fit_boundary as fit_boundary
 from jaxdiff.editing.boundary import mixing_step as mixing_step
+from jaxdiff.editing.cyclic import cyclic_one_way as cyclic_one_way
+from jaxdiff.editing.cyclic import cyclic_sde as cyclic_sde
 from jaxdiff.editing.ddcm import SourceLayout as SourceLayout
 from jaxdiff.editing.ddcm import ddcm as ddcm
 from jaxdiff.editing.ddcm import virtual_inversion as virtual_inversion

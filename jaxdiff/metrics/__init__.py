@@ -1,7 +1,7 @@
 """Metrics: distances between two samples, and a digit classifier that measures digits.
 
 Every distance takes the two samples first, [n, ...] and [m, ...], and returns a float computed in
-float64 on the host.
+float64 on the host. `psnr` and `ssim` compare images one by one.
 """
 
 from jaxdiff.metrics.classifier import (
@@ -11,6 +11,7 @@ from jaxdiff.metrics.classifier import (
     real_floor,
 )
 from jaxdiff.metrics.frechet import frechet_distance, frechet_from_moments
+from jaxdiff.metrics.images import psnr, ssim
 from jaxdiff.metrics.kernels import energy_distance, median_bandwidth, mmd, polynomial, rbf
 from jaxdiff.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 
@@ -24,8 +25,10 @@ __all__ = [
     "median_bandwidth",
     "mmd",
     "polynomial",
+    "psnr",
     "rbf",
     "real_floor",
     "sinkhorn_divergence",
     "sliced_wasserstein",
+    "ssim",
 ]

@@ -12,6 +12,9 @@ from jaxdiff.processes.exploding import edm as edm
 from jaxdiff.processes.exploding import ve as ve
 from jaxdiff.processes.flow import Flow as Flow
 from jaxdiff.processes.flow import flow as flow
+from jaxdiff.processes.residual import Residual as Residual
+from jaxdiff.processes.residual import residual as residual
+from jaxdiff.processes.residual import retimed as retimed
 from jaxdiff.processes.vp import SubVP as SubVP
 from jaxdiff.processes.vp import VPCosine as VPCosine
 from jaxdiff.processes.vp import VPLinear as VPLinear

@@ -57,6 +57,7 @@ from jaxdiff.solvers.momentum import heavy_ball_multistep as heavy_ball_multiste
 from jaxdiff.solvers.phi import phi as phi
 from jaxdiff.solvers.pndm import ipndm as ipndm
 from jaxdiff.solvers.pndm import pndm as pndm
+from jaxdiff.solvers.residual import residual as residual
 from jaxdiff.solvers.restart import Interval as Interval
 from jaxdiff.solvers.restart import restart as restart
 from jaxdiff.solvers.reverse_sde import euler_maruyama as euler_maruyama

@@ -1,0 +1,157 @@
+"""Adaptive Guidance and LinearAG: what they leave out, and what that changes."""
+
+import conditional
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff as jd
+from jaxdiff import guidance
+
+PROCESS = jd.processes.vp_cosine()
+ANGLES = 2 * np.pi * np.arange(3) / 3
+MEANS = 4.0 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
+ROWS = np.concatenate([np.eye(3), np.ones((1, 3))]).astype(bool)
+NULL, COUNT = 3, 256
+LABELS = np.arange(COUNT) % 3
+X = jax.random.normal(jax.random.key(0), (COUNT, 2))
+TABLE = jd.solvers.ddim(jd.grids.uniform(PROCESS, 20))
+
+
+def network():
+    return conditional.conditional_mixture(MEANS, np.full(3, 0.6), ROWS)
+
+
+def sample(denoiser, x=X, **options):
+    return jd.sample(denoiser, TABLE, x, cond=jnp.asarray(LABELS[: len(x)]), **options)
+
+
+def rmse(a, b):
+    return float(np.sqrt(np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
+
+
+@pytest.fixture(scope="module")
+def full():
+    return sample(guidance.classifier_free(network(), 3.0, NULL))
+
+
+def adaptive(threshold, calls, batch=None):
+    denoiser = guidance.adaptive_guidance(network(), 3.0, NULL, threshold, calls, batch)
+    state = sample(denoiser, save="state")
+    return state.registers[0], state.memory
+
+
+@pytest.mark.parametrize("batch", [None, COUNT])
+def test_adaptive_guidance_saves_a_quarter(full, batch):
+    """Castillo et al. (row 107): exact scores of a 2-D class mixture, s = 3, 20 DDIM steps, gamma
+    0.9999, armed after five calls: at most 30 of 40 evaluations and 0.02 from full guidance, which is
+    0.7 from none. With one flag for the batch, and with one for each sample."""
+    x, memory = adaptive(0.9999, 5, batch)
+    assert int(memory.calls) == 20
+    assert 21 < int(memory.evaluations) <= 30
+    assert rmse(x, full) <= 0.02
+    assert rmse(sample(network()), full) > 0.5
+
+
+def test_unguarded_it_stops_at_once_in_two_dimensions(full):
+    """At t = 1 both predictions are the state: gamma is 1 before the classes part."""
+    x, memory = adaptive(0.99, 0, COUNT)
+    assert 20 + float(np.mean(memory.guided)) < 24
+    assert rmse(x, full) > 0.3
+
+
+def counting(params, x, t, cond, *, memory):
+    return network()(x, *t, cond), memory + x.shape[0]
+
+
+def test_evaluations_are_really_left_out():
+    """The network sees 2 n states until all have crossed, then n: what `evaluations` says."""
+    inner = jd.Denoiser(counting, params=0, time=lambda *a: a, memory=jnp.asarray(0))
+    state = sample(guidance.adaptive_guidance(inner, 3.0, NULL, 0.9999, 5), save="state")
+    assert int(state.memory.inner) == COUNT * int(state.memory.evaluations) < COUNT * 31
+
+
+def test_the_threshold_is_of_the_noises_cosine(x64):
+    """Per call and sample, in NumPy: guided up to and with the first call that reaches it."""
+    n = 8
+    grid, labels = jd.grids.uniform(PROCESS, 20), jnp.asarray(LABELS[:n])
+    start = jnp.asarray(np.random.default_rng(0).normal(size=(n, 2)))
+    x, crossed, guided = np.asarray(start), np.zeros(n, bool), np.zeros(n, int)
+    for i in range(20):
+        (t, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
+        cond, uncond = (
+            np.asarray(network()(jnp.asarray(x), t, a, s, c)) for c in (labels, jnp.full(n, NULL))
+        )
+        eps = np.where(crossed[:, None], cond, uncond + 3.0 * (cond - uncond))
+        guided += ~crossed
+        norms = np.linalg.norm(cond, axis=1) * np.linalg.norm(uncond, axis=1)
+        crossed |= (np.sum(cond * uncond, 1) / norms >= 0.999) & (i >= 3)
+        x = a1 * (x - s * eps) / a + s1 * eps
+    denoiser = guidance.adaptive_guidance(network(), 3.0, NULL, 0.999, 3, n)
+    state = sample(denoiser, start, save="state")
+    np.testing.assert_array_equal(state.memory.guided, guided)
+    np.testing.assert_allclose(state.registers[0], x, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match="was made for a batch of 8, got 9"):
+        sample(denoiser, X[:9])
+
+
+# --- LinearAG -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paths():
+    found = guidance.record_guidance(network(), 3.0, NULL, TABLE, X, jnp.asarray(LABELS))
+    return [jax.tree.map(lambda a, p=p: a[:, p], found) for p in (slice(64), slice(64, None))]
+
+
+def test_recorded_paths_are_the_predictions_of_every_row(paths):
+    """The last row's: at the state that full guidance has there."""
+    nodes = sample(guidance.classifier_free(network(), 3.0, NULL), save="nodes")
+    last = [np.asarray(a)[-1] for a in (TABLE.t, TABLE.alpha, TABLE.sigma)]
+    for got, cond in ((paths[0].cond, LABELS), (paths[0].uncond, np.full(COUNT, NULL))):
+        expected = network()(nodes[-2], *last, jnp.asarray(cond))[:64]
+        np.testing.assert_allclose(got[-1], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_linear_ag_predicts_held_out_paths(paths, full):
+    """Castillo et al. (row 107): fitted on 64 paths, under 10% off on 192 others; every second row of 20
+    without its unconditional half, 30 evaluations, and samples stay nearer to full guidance than
+    those without any."""
+    fit = guidance.fit_linear_ag(paths[0])
+    held_out = guidance.linear_residuals(fit, paths[1])
+    np.testing.assert_allclose(guidance.linear_residuals(fit, paths[0]), fit.residuals, atol=1e-6)
+    assert np.sum(fit.replaced) == 10 and np.all(held_out[fit.replaced] > 0)
+    assert np.max(held_out) < 0.1
+    state = sample(guidance.linear_guidance(network(), 3.0, NULL, fit, X), save="state")
+    assert int(state.memory.evaluations) == 30
+    assert rmse(state.registers[0], full) < 0.3 * rmse(sample(network()), full)
+
+
+def test_a_replaced_row_is_the_least_squares_combination():
+    """Against NumPy's normal equations, on made-up predictions that are such combinations and noise."""
+    rng = np.random.default_rng(3)
+    cond, uncond = rng.normal(size=(2, 4, 30, 2))
+    uncond[2] = 0.5 * cond[0] - 2.0 * cond[2] + 1.5 * uncond[1] + 0.01 * uncond[2]
+    fit = guidance.fit_linear_ag(jd.guidance.linear_ag.Predictions(cond, uncond), [2])
+    columns = np.stack([cond[0], cond[1], cond[2], uncond[0], uncond[1]]).reshape(5, -1)
+    expected = np.linalg.solve(columns @ columns.T, columns @ uncond[2].ravel())
+    np.testing.assert_allclose(fit.coefficients[2, 0, :3], expected[:3], rtol=1e-8)
+    np.testing.assert_allclose(fit.coefficients[2, 1, :2], expected[3:], rtol=1e-8)
+    assert not np.any(fit.coefficients[[0, 1, 3]])
+
+
+def test_bad_fits_are_named(paths):
+    for rows in ([0], [20], []):
+        with pytest.raises(ValueError, match="replaced must be some of the rows 1 to 19"):
+            guidance.fit_linear_ag(paths[0], rows)
+    few = jax.tree.map(lambda a: a[:, :10], paths[0])
+    with pytest.raises(ValueError, match="record more"):
+        guidance.fit_linear_ag(few)
+    fit = guidance.fit_linear_ag(paths[0], [3])
+    with pytest.raises(ValueError, match="fitted for 20 rows, this sampler has 2"):
+        table = jd.solvers.ddim(jd.grids.uniform(PROCESS, 2))
+        denoiser = guidance.linear_guidance(network(), 3.0, NULL, fit, X)
+        jd.sample(denoiser, table, X, cond=jnp.asarray(LABELS))
+    with pytest.raises(TypeError, match="must be a LinearAG"):
+        guidance.linear_guidance(network(), 3.0, NULL, paths[0], X)

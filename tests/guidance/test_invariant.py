@@ -1,0 +1,172 @@
+"""InvDiff: groups that differ the most, a module that makes them alike, and colours without bias."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import jaxdiff as jd
+from jaxdiff import guidance
+from jaxdiff.denoisers import level
+from jaxdiff.predictions import PREDICTIONS, convert
+
+PROCESS = jd.processes.vp_cosine()
+RNG = np.random.default_rng(0)
+
+
+def test_groups_are_those_of_the_published_loop(x64):
+    """Adam on -std(L_g) - 3 min(l w), and the projection, in NumPy with finite differences."""
+    losses = RNG.uniform(0.5, 2.0, 6)
+    key = jax.random.key(0)
+
+    def objective(w):
+        each = losses @ w / w.sum(0)
+        return -np.std(each, ddof=1) - 3.0 * np.min(losses[:, None] * w)
+
+    w = np.asarray(jax.random.uniform(key, (6, 3), jnp.float64))
+    first, second = np.zeros_like(w), np.zeros_like(w)
+    for i in range(1, 9):
+        gradient, h = np.zeros_like(w), 1e-6
+        for place in np.ndindex(w.shape):
+            shift = np.zeros_like(w)
+            shift[place] = h
+            gradient[place] = (objective(w + shift) - objective(w - shift)) / (2 * h)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        step = first / (1 - 0.9**i) / (np.sqrt(second / (1 - 0.999**i)) + 1e-8)
+        w = np.maximum(w - 0.01 * step, 0)
+        w /= w.sum(1, keepdims=True)
+    got = guidance.infer_groups(losses, 3, key, steps=8)
+    np.testing.assert_allclose(got, w, atol=1e-5)
+
+
+def test_the_loss_is_mean_and_variance_of_the_groups(x64):
+    """Of those with weight; published form, by a loop."""
+    losses, weights = RNG.uniform(size=5), RNG.dirichlet(np.ones(3), 5)
+    weights = np.concatenate([weights, np.zeros((5, 1))], 1)
+    each = [np.sum(weights[:, g] * losses) / np.sum(weights[:, g]) for g in range(3)]
+    want = np.mean(each) + 2.5 * np.var(each, ddof=1)
+    got = guidance.invariant_loss(losses, weights, 2.5)
+    np.testing.assert_allclose(got, want, rtol=1e-7)
+    alone = guidance.invariant_loss(losses, np.ones((5, 1)), 2.5)
+    np.testing.assert_allclose(alone, losses.mean(), rtol=1e-7)
+
+
+def half(params, x, t):
+    return params * x
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_combination_is_that_of_the_noise(x64, prediction):
+    """(1 - k) eps_0 + k eps_module for modules of any prediction; k = 0 returns the base model."""
+    x, (t, alpha, sigma) = jnp.asarray(RNG.normal(size=(3, 2))), (0.4, 0.8, 0.6)
+    base, module = jd.Denoiser(half, "v", 0.5), jd.Denoiser(half, prediction, 0.3)
+    k = jnp.array([0.0, 0.25, 1.0])
+    got = guidance.with_module(base, module, k).predict("eps", x, t, alpha, sigma)
+    parts = [d.predict("eps", x, t, alpha, sigma) for d in (base, module)]
+    np.testing.assert_allclose(got, (1 - k[:, None]) * parts[0] + k[:, None] * parts[1], rtol=1e-10)
+    np.testing.assert_array_equal(guidance.with_module(base, module, 0.0)(x, t, alpha, sigma), 0.5 * x)
+    added = guidance.with_module(base, module, 2.0, form="add")
+    assert added.cost == 2
+    np.testing.assert_allclose(added(x, t, alpha, sigma), 0.5 * x + 2.0 * 0.3 * x, rtol=1e-12)
+    assert convert(x, x, "x0", "x0", 1.0, 0.0) is x
+
+
+# --- Hou et al. 2024 on coloured digits -----------------------------------------------------------
+
+CLASSES, EACH, RARE, WIDTH = 2, 100, 5, 0.2
+
+
+def coloured(seed=0):
+    """Zeros and ones on two colour planes; 95 of 100 zeros are red, as many ones green."""
+    train = jd.data.digits("train")
+    x = np.full((CLASSES * EACH, 8, 8, 2), -1.0, np.float32)
+    label = np.repeat(np.arange(CLASSES), EACH)
+    rare = np.tile(np.arange(EACH) < RARE, CLASSES)
+    colour = np.where(rare, 1 - label, label)
+    for c in range(CLASSES):
+        digits = train.x[train.label == c][:EACH, ..., 0]
+        for i, digit in zip(np.flatnonzero(label == c), digits):
+            x[i, ..., colour[i]] = digit
+    return x.reshape(len(x), -1), label, rare
+
+
+def exact(params, x, levels, cond):
+    """x0 of the narrow mixture over images of the class."""
+    images, labels = params
+    _, alpha, sigma = (jnp.reshape(jnp.broadcast_to(v, x.shape[:1]), (-1, 1)) for v in levels)
+    variance = alpha**2 * WIDTH**2 + sigma**2
+    logits = (alpha * x @ images.T - alpha**2 * jnp.sum(images**2, -1) / 2) / variance
+    logits = jnp.where(cond[:, None] == labels, logits, -jnp.inf)
+    mean = jax.nn.softmax(logits) @ images
+    return mean + alpha * WIDTH**2 / variance * (x - alpha * mean)
+
+
+def test_a_colour_bias_goes_without_labels():
+    """InvDiff's "works when": of a model whose digits' colours are 95% those of their class, the
+    inferred groups find the minority with an AUC of 0.8 or more, the colours of a class come within
+    30% to 70%, and the class accuracy falls by less than 3 points; k = 0 is the base.
+    """
+    x0, label, rare = coloured()
+    base = jd.Denoiser(exact, "x0", (jnp.asarray(x0), jnp.asarray(label)), level)
+
+    @jax.jit
+    def losses(key):
+        when, noise = jax.random.split(key)
+        t = jd.losses.sample_times("uniform", when, 1, PROCESS)[0]
+        eps = jax.random.normal(noise, x0.shape)
+        return jd.losses.score_matching(base, PROCESS, jnp.asarray(x0), t, eps, jnp.asarray(label))
+
+    each = np.mean([losses(k) for k in jax.random.split(jax.random.key(0), 64)], 0)
+    weights = guidance.infer_groups(each, 2, jax.random.key(1))
+    means = np.asarray(guidance.group_losses(jnp.asarray(each), weights))
+    hard = int(means.argmax())
+    auc = roc_auc_score(rare, np.asarray(weights)[:, hard])
+    print("AUC", auc, "group sizes", np.asarray(weights).sum(0), "means", means)
+
+    network = jd.models.MLP(width=64, depth=1, num_classes=CLASSES, label_dropout=0.0)
+    start = network.init(jax.random.key(2), jnp.zeros((1, 128)), jnp.zeros(1), jnp.zeros(1, int))
+    module = jd.models.from_linen(network, start, "x0")
+    trained = guidance.train_module(
+        base, module, PROCESS, x0, weights, jax.random.key(3), optax.adam(3e-3),
+        steps=300, batch_size=128, k=1.0, form="add", cond=label, weighting="v",
+    )  # fmt: skip
+    tableau = jd.solvers.ddim(jd.grids.half_log_snr(PROCESS, 20, t_max=0.99, t_min=0.02))
+    asked = np.arange(200) % 2
+    x_T = PROCESS.prior(jax.random.key(4), (200, 128))
+
+    def figures(denoiser):
+        y = np.clip(jd.sample(denoiser, tableau, x_T, cond=asked), -1, 1).reshape(-1, 8, 8, 2)
+        colour = y.sum((1, 2)).argmax(1)
+        grey = y.max(-1, keepdims=True)
+        accuracy = jd.metrics.conditional_accuracy(jd.metrics.digit_classifier(), grey, asked)
+        return [np.mean(colour[asked == c] == c) for c in range(2)], accuracy
+
+    off = guidance.with_module(base, trained.value, 0.0, "add")
+    shares, accuracy = figures(off)
+    debiased, accuracy_after = figures(guidance.with_module(base, trained.value, 1.0, "add"))
+    print("shares", shares, debiased, "accuracy", accuracy, accuracy_after)
+    assert auc >= 0.8
+    assert min(shares) >= 0.9
+    assert all(0.3 <= share <= 0.7 for share in debiased) and accuracy_after > accuracy - 0.03
+
+
+def test_bad_input_is_named():
+    base = jd.Denoiser(half, "eps", 0.5)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="groups must be an integer from 2"):
+        guidance.infer_groups([1.0, 2.0], 1, key)
+    with pytest.raises(ValueError, match="two or more finite numbers of at least 0"):
+        guidance.infer_groups([1.0, np.nan], 2, key)
+    with pytest.raises(ValueError, match="form must be one of"):
+        guidance.with_module(base, base, form="times")
+    kept = dataclasses.replace(base, memory=jnp.zeros(()))
+    with pytest.raises(ValueError, match="a module without memory"):
+        guidance.with_module(base, kept)
+    with pytest.raises(ValueError, match=r"weights must be \[4, groups\], got shape \(3, 2\)"):
+        guidance.train_module(
+            base, base, PROCESS, np.zeros((4, 2)), np.ones((3, 2)), key, optax.adam(1e-3)
+        )

@@ -1,0 +1,78 @@
+"""Scales that depend on the level."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilations import counted
+from scipy import stats
+from test_cfg_family import LABELS, NULL, PROCESS, X, halves, network
+
+import jaxdiff as jd
+from jaxdiff import guidance
+from jaxdiff.guidance import schedules
+
+T = np.array([1.0, 0.8, 0.5, 0.2, 0.0])
+U = 1.0 - T
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (schedules.linear(0.0, 6.0), 6.0 * U),
+        (schedules.linear(0.0, 6.0, at_least=2.0), np.maximum(6.0 * U, 2.0)),
+        (schedules.cosine(0.0, 6.0), 3.0 * (np.cos(np.pi * T) + 1.0)),
+        (schedules.power_cosine(0.0, 3.0, 4.0), 3.0 * (1.0 - np.cos(np.pi * U**4.0)) / 2.0),
+        (schedules.power(1.0, 4.0, 2.0), 1.0 + 3.0 * U**2),
+        (schedules.beta(3.0, 2.5, 1.5), 3.0 * stats.beta.pdf(U, 2.5, 1.5)),
+        (schedules.linear(1.0, 3.0, over=(0.8, 0.5)), [1.0, 1.0, 3.0, 3.0, 3.0]),
+    ],
+)
+def test_schedules_are_the_formulas(schedule, expected):
+    """Wang et al.'s linear and cosine ones of weight 3 are from 0 to 6."""
+    got = schedule(T, 1.0 - T, T)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_other_clock_is_the_half_log_snr():
+    alpha, sigma = np.array([0.0, 0.1, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 0.0])
+    schedule = schedules.linear(1.0, 2.0, over=(np.log(0.01), 0.0), clock="half_log_snr")
+    np.testing.assert_allclose(schedule(T[:4], alpha, sigma), [1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+
+
+def test_a_scheduled_scale_is_that_of_each_row():
+    grid = jd.grids.uniform(PROCESS, 5)
+    x = X
+    for i in range(5):
+        (t, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
+        cond, uncond = halves(x, (t, a, s))
+        eps = uncond + (1.0 + 3.0 * (1.0 - t)) * (cond - uncond)
+        x = a1 * (x - s * eps) / a + s1 * eps
+    table = jd.solvers.ddim(grid)
+
+    def run(end):
+        guided = guidance.classifier_free(network(), schedules.linear(1.0, end), NULL)
+        return jd.sample(guided, table, jnp.asarray(X), cond=LABELS)
+
+    got = run(4.0)
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+    with counted() as compiled:  # its numbers are data
+        run(2.5)
+    assert compiled == []
+    both = jax.vmap(run)(jnp.asarray([4.0, 2.5]))
+    np.testing.assert_allclose(both[0], got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: schedules.linear(0.0, np.inf), "must be finite"),
+        (lambda: schedules.linear(0.0, 1.0, over=(0.5, 0.5)), "two different finite values"),
+        (lambda: schedules.linear(0.0, 1.0, clock="step"), "clock must be one of"),
+        (lambda: schedules.power(0.0, 1.0, 0.0), "exponent must be positive"),
+        (lambda: schedules.beta(1.0, 0.5, 2.0), "at least 1"),
+    ],
+)
+def test_bad_schedules_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
