@@ -68,8 +68,7 @@ def adaptive_guidance(
 
     Arguments:
       scale, null_cond: as for `classifier_free`.
-      threshold: of gamma, in [-1, 1]; the paper's is 0.991. In few dimensions gamma is near 1 at the
-        noise end as well.
+      threshold: of gamma, in [-1, 1]. In few dimensions gamma is near 1 at the noise end as well.
       calls: the first calls always guide, whatever gamma; guard against that with a few.
       batch: number of samples, for a flag each: one that has crossed goes on under cond alone while
         others are guided. None for one flag, which the smallest gamma of a batch sets.

@@ -81,7 +81,8 @@ def perturbed_attention(
 
     Arguments:
       denoiser: of `from_linen`, with the network's own attention.
-      scale: s, a number, [batch] or a function of (t, alpha, sigma); the paper's are 0.5 to 5.
+      scale: s, a number, [batch] or a function of (t, alpha, sigma); the authors' examples have 5, and
+        3 beside classifier-free guidance.
       blocks: names, see `attention_blocks`; the paper's is the middle one. A DiT's are block_0, ...
       guidance, null_cond: w and the condition that means none, as for `classifier_free`.
       perturb: (q, k, v) -> the attention's result, [batch, tokens, heads, head width].
@@ -224,7 +225,8 @@ def self_attention_guidance(
 
     Arguments:
       denoiser: of `from_linen`, with the network's own attention; x [batch, height, width, channels].
-      scale: s, a number, [batch] or a function of (t, alpha, sigma); the paper's are 0.01 to 0.75.
+      scale: s, a number, [batch] or a function of (t, alpha, sigma); the authors' examples have 0.01
+        to 0.5.
       block: whose map masks, see `attention_blocks`.
       blur: standard deviation of the Gaussian, in pixels (9 at 256 x 256 in the paper, 3 at 128).
       threshold: of a token's share of attention, whose mean is 1.

@@ -101,10 +101,12 @@ def limited(
         with np.errstate(divide="ignore"):
             log = np.log if is_concrete(low, high) else jnp.log
             low, high = -log(high), -log(low)
-    # stitch leaves the first switch out of the interval: one step of float32 beyond.
-    first, second, toward = (high, low, np.inf) if clock == "t" else (low, high, -np.inf)
-    first = jnp.nextafter(jnp.asarray(first, jnp.float32), jnp.float32(toward))
-    switches = jnp.stack([first, jnp.asarray(second, jnp.float32)])
+    # A step of float32 beyond either end: stitch leaves out the first switch, and t may be rounded.
+    up, down = (
+        lambda v, toward=toward: jnp.nextafter(jnp.asarray(v, jnp.float32), jnp.float32(toward))
+        for toward in (np.inf, -np.inf)
+    )
+    switches = jnp.stack([up(high), down(low)] if clock == "t" else [down(low), up(high)])
     clock = "t" if clock == "t" else "half_log_snr"
     return stitch([otherwise, guided, otherwise], switches, clock)
 
@@ -125,7 +127,7 @@ def _check_interval(low: float, high: float, clock: str, process: Any) -> None:
                     f"the interval ({low}, {high}) is outside the process's {clock}, from "
                     f"{ends[0]:g} to {ends[1]:g}"
                 )
-    if clock != "half_log_snr" and not high >= 0 or clock != "half_log_snr" and -np.inf < low < 0:
+    if clock != "half_log_snr" and (high < 0 or -np.inf < low < 0):
         raise ValueError(f"the interval ({low}, {high}) is outside time: {clock} is not negative")
 
 
@@ -197,7 +199,8 @@ def _rescaled(with_cond, without, scale, more, x, levels):
 
     def leaf(a, target):
         over = tuple(range(1, a.ndim))
-        ratio = jnp.std(target, over, keepdims=True) / jnp.std(a, over, keepdims=True)
+        size = jnp.std(a, over, keepdims=True)
+        ratio = jnp.std(target, over, keepdims=True) / jnp.where(size > 0, size, 1.0)
         return a * (1.0 + to_batch(share, a).astype(a.dtype) * (ratio - 1.0))
 
     return jax.tree.map(leaf, extrapolated(without, with_cond, scale), with_cond)

@@ -47,12 +47,14 @@ def expert_classifier(
       classifier: fn(variables, x) -> logits [batch, classes], `network.apply` of a Linen module.
       variables: {"params": ...}, of the clean classifier.
       adapters: leaves [N, ...], of `train_experts`.
+
+    Raises ValueError for adapters that are not all of one N.
     """
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(adapters)}
     if len(counts) != 1:
         raise ValueError(f"adapters must be stacked on one first axis, got lengths {counts}")
-    span = as_arrays((process.t_min, process.t_max))
-    return _Experts(classifier), (variables, adapters, span)
+    params = as_arrays((variables, adapters, (process.t_min, process.t_max)))
+    return _Experts(classifier), params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,9 @@ denoisers to denoisers wherever they can be. The exact posterior of a Gaussian m
 (`mixture_posterior`) is what they are measured against.
 """
 
+from jaxdiff.inverse.active import acquisition_times as acquisition_times
+from jaxdiff.inverse.active import active_dps as active_dps
+from jaxdiff.inverse.active import active_sample as active_sample
 from jaxdiff.inverse.covariance import mmps as mmps
 from jaxdiff.inverse.covariance import tmpd as tmpd
 from jaxdiff.inverse.daps import Langevin as Langevin
@@ -19,12 +22,23 @@ from jaxdiff.inverse.dps import dps as dps
 from jaxdiff.inverse.dps import dps_step as dps_step
 from jaxdiff.inverse.dps import mcg as mcg
 from jaxdiff.inverse.flowchef import flowchef as flowchef
+from jaxdiff.inverse.forward_models import forward_model_loss as forward_model_loss
+from jaxdiff.inverse.forward_models import observation_denoiser as observation_denoiser
+from jaxdiff.inverse.forward_models import sample_signal as sample_signal
 from jaxdiff.inverse.imaging import bicubic_down as bicubic_down
 from jaxdiff.inverse.imaging import blur as blur
 from jaxdiff.inverse.imaging import box_down as box_down
 from jaxdiff.inverse.imaging import gaussian_kernel as gaussian_kernel
 from jaxdiff.inverse.imaging import motion_kernel as motion_kernel
 from jaxdiff.inverse.imaging import radon as radon
+from jaxdiff.inverse.joint import joint_dps as joint_dps
+from jaxdiff.inverse.joint import joint_pigdm as joint_pigdm
+from jaxdiff.inverse.joint import joint_prior as joint_prior
+from jaxdiff.inverse.joint import joint_projection as joint_projection
+from jaxdiff.inverse.joint import superposition as superposition
+from jaxdiff.inverse.mbir import SliceTV as SliceTV
+from jaxdiff.inverse.mbir import mbir as mbir
+from jaxdiff.inverse.mbir import total_variation as total_variation
 from jaxdiff.inverse.measurement import Measurement as Measurement
 from jaxdiff.inverse.measurement import measure as measure
 from jaxdiff.inverse.operators import LinearOperator as LinearOperator

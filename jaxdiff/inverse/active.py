@@ -1,10 +1,10 @@
 """Active Diffusion Subsampling: choose what to measure next while sampling what was measured.
 
-Nolan, Stevens, van Nierop & van Sloun, "Active Diffusion Subsampling" (2025). N particles of each problem
-run one reverse process, guided by DPS towards what has been measured so far. At chosen times their
-denoised x_0 are the beliefs about the truth, and what would be measured at them a mixture of Gaussians
-of std `bandwidth`: the next measurement is the candidate where its entropy is largest, in the published
-form (and sign)
+Nolan, Stevens, van Nierop & van Sloun, "Active Diffusion Subsampling" (2025). N particles of each
+problem run one reverse process, guided by DPS towards what has been measured so far. At chosen times
+their denoised x_0 are the beliefs about the truth, and what would be measured at them a mixture of
+Gaussians of std `bandwidth`: the next measurement is the candidate where its entropy is largest, in the
+published form (and sign)
 
     argmax_l  sum_i log sum_j exp(|y_l^(i) - y_l^(j)|^2 / (2 bandwidth^2)),
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser, check_single, level
@@ -57,7 +57,7 @@ def acquisition_times(
 def active_dps(
     denoiser: Denoiser, operator: LinearOperator, y: Float[ArrayLike, "problems ..."],
     particles: int, times: Float[ArrayLike, " count"], zeta: ArrayLike = 1.0,
-    bandwidth: ArrayLike = 10.0, groups: Int[ArrayLike, "..."] | None = None,
+    bandwidth: ArrayLike = 10.0, groups: ArrayLike | None = None,
     criterion: str = "entropy", mask: ArrayLike | None = None,
 ) -> Denoiser:  # fmt: skip
     """`dps_step` with a mask that grows: predicts (x_0hat, the correction), for `corrected(tableau)`.
@@ -97,8 +97,12 @@ def active_dps(
         raise ValueError(f"y must be [problems, *{measured}], got shape {np.shape(y)}")
     if times.ndim != 1 or not times.size or np.any(np.diff(times) >= 0):
         raise ValueError(f"times must be a falling vector, got {times}")
-    groups = np.arange(np.prod(measured)).reshape(measured) if groups is None else np.asarray(groups)
-    if groups.shape != measured or not np.array_equal(np.unique(groups), np.arange(groups.max() + 1)):
+    groups = (
+        np.arange(np.prod(measured)).reshape(measured) if groups is None else np.asarray(groups)
+    )
+    if groups.shape != measured or not np.array_equal(
+        np.unique(groups), np.arange(groups.max() + 1)
+    ):
         raise ValueError(f"groups must be 0, 1, ... in the shape {measured}, got {groups.shape}")
     count = int(groups.max()) + 1
     taken = jnp.zeros(measured) if mask is None else jnp.asarray(mask) * jnp.ones(measured)

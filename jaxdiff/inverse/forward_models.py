@@ -1,15 +1,15 @@
 """Diffusion with forward models: a generative model of what is never observed.
 
-Tewari, Yin, Cazenavette, Rezchikov, Tenenbaum, Durand, Freeman & Sitzmann, "Diffusion with Forward Models:
-Solving Stochastic Inverse Problems Without Direct Supervision" (2023). Of signals S there are only
-observations O = render(S, view) through a known, differentiable forward model, a few of each. A network
-sees a context observation O_c and a noised target observation, and predicts the signal; the forward model
-makes it a denoiser of target observations,
+Tewari, Yin, Cazenavette, Rezchikov, Tenenbaum, Durand, Freeman & Sitzmann, "Diffusion with Forward
+Models: Solving Stochastic Inverse Problems Without Direct Supervision" (2023). Of signals S there are
+only observations O = render(S, view) through a known, differentiable forward model, a few of each. A
+network sees a context observation O_c and a noised target observation, and predicts the signal; the
+forward model makes it a denoiser of target observations,
 
     S_hat = signal(O_t, t, context, target view),    O_hat = render(S_hat, target view),
 
-which is trained as any x_0-denoiser, on observations alone. Sampling a target observation at any view then
-samples a signal, which is returned: p(S | O_c) without ever having seen an S.
+which is trained as any x_0-denoiser, on observations alone. Sampling a target observation at any view
+then samples a signal, which is returned: p(S | O_c) without ever having seen an S.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.denoisers import Denoiser, check_single, level
+from jaxdiff.integrator import Control
 from jaxdiff.losses import Weighting, score_matching
 from jaxdiff.processes import Process
 from jaxdiff.sampling import sample
@@ -46,9 +47,7 @@ def observation_denoiser(
 
     Predicts x0, so it takes any tableau, and any guidance: without context by cond's "context" alone.
     """
-    return Denoiser(
-        _Rendered(signal, render, time, params is not None), "x0", (params,), level
-    )
+    return Denoiser(_Rendered(signal, render, time, params is not None), "x0", (params,), level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,43 +103,54 @@ def forward_model_loss(
     """
     fn = _rendered(denoiser, "forward_model_loss")
     _check_cond(cond)
-    loss = score_matching(denoiser, process, observed, t, eps, cond, weighting, **options)
-    if not others:
-        return loss
-    # The same arguments as the loss's own evaluation, which XLA shares under jit.
-    levels = jnp.asarray(t) * 1.0, process.alpha(t), process.sigma(t)
+    t = jnp.asarray(t) * 1.0
+    levels = t, process.alpha(t), process.sigma(t)
+    # The network is evaluated here, once for all terms.
     found = fn.predict(denoiser.params, process.perturb(observed, eps, t), levels, cond)
+    known = Denoiser(_known, "x0", (fn.render(found, cond["view"]),))
+    loss = score_matching(known, process, observed, t, eps, None, weighting, **options)
     for view, other in others:
         apart = (fn.render(found, view) - other) ** 2
         loss += other_weight * jnp.mean(apart, axis=tuple(range(1, apart.ndim)))
     return loss
 
 
+def _known(params, x, t):
+    return params[0]
+
+
 def sample_signal(
     denoiser: Denoiser, tableau: Tableau, x_T: Any, key: Array | None = None,
-    cond: dict[str, Any] | None = None,
+    cond: dict[str, Any] | None = None, guided: Denoiser | None = None,
 ) -> Any:  # fmt: skip
     """S ~ p(S | context): sample an observation at cond["view"] and return its last signal S_hat.
 
-    The arguments are those of `jaxdiff.sample`; x_T is the noise of the observation. No evaluation more:
-    the signal of each row is kept in the denoiser's memory. Any view's observation is then
-    `render(S, view)`. Raises as `forward_model_loss` and `jaxdiff.sample` do.
+    The arguments are those of `jaxdiff.sample`; x_T is the noise of the observation. Any view's
+    observation is then `render(S, view)`.
+
+    Arguments:
+      denoiser: of `observation_denoiser`.
+      guided: what is sampled instead, a denoiser made of it: the published guidance is
+        `classifier_free(denoiser, scale, {"context": none, "view": cond["view"]})`, for networks
+        trained with contexts left out. The signal is the conditional network's.
+
+    One evaluation more than the tableau's, at the last row's input. Raises as `forward_model_loss` and
+    `jaxdiff.sample` do.
     """
     fn = _rendered(denoiser, "sample_signal")
     _check_cond(cond)
-    level_0 = tuple(jnp.asarray(c[0], x_T.dtype) for c in (tableau.t, tableau.alpha, tableau.sigma))
-    shapes = jax.eval_shape(fn.predict, denoiser.params, x_T, level_0, cond)
-    memory = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    keeping = dataclasses.replace(denoiser, fn=_Keeping(fn), memory=memory)
-    return sample(keeping, tableau, x_T, key, cond=cond, save="state").memory
+    sampled = denoiser if guided is None else guided
+    state = sample(sampled, tableau, x_T, key, cond=cond, save="state", control=_LastInput())
+    last = tuple(jnp.asarray(c)[-1] for c in (tableau.t, tableau.alpha, tableau.sigma))
+    dtype = jax.tree.leaves(state.aux)[0].dtype
+    return fn.predict(denoiser.params, state.aux, tuple(c.astype(dtype) for c in last), cond)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keeping:
-    """A `_Rendered` that keeps its signal in memory."""
+class _LastInput(Control):
+    """Keeps what the network was last evaluated at."""
 
-    fn: _Rendered
+    def init(self, x):
+        return x
 
-    def __call__(self, params, x, levels, cond=None, memory=None):
-        found = self.fn.predict(params, x, levels, cond)
-        return self.fn.render(found, cond["view"]), found
+    def before(self, aux, row, x, key):
+        return x, x

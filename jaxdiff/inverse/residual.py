@@ -2,7 +2,7 @@
 
 Liu, Wang, Fan, Wang, Tang & Qu, "Residual Denoising Diffusion Models" (2024). The process is
 `jaxdiff.processes.residual` (or any other: alpha = 1 - A, sigma = B), the step
-`jaxdiff.solvers.residual` (or any other). Networks see I_t and I_in; the sampler's state is x = I - I_in.
+`jaxdiff.solvers.residual` (or any other). Networks see I_t and I_in; the state is x = I - I_in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def residual_denoiser(fn: Callable, params: Any = None, predicts: str = "both") 
     """
     if predicts not in _PREDICTS:
         raise ValueError(f"predicts must be one of {list(_PREDICTS)}, got {predicts!r}")
-    return Denoiser(_Centred(fn, predicts, params is not None), _PREDICTS[predicts], (params,), level)
+    return Denoiser(
+        _Centred(fn, predicts, params is not None), _PREDICTS[predicts], (params,), level
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ def residual_loss(
     denoiser: Denoiser, process: Process, x0: Any, inputs: Any, t: Float[ArrayLike, " batch"],
     eps: Any, norm: str = "l1", weights: tuple[ArrayLike, ArrayLike] = (1.0, 1.0),
 ) -> Float[Array, " batch"]:  # fmt: skip
-    """RDDM's loss, one per sample: w_res |I_res_hat - I_res| + w_eps |eps_hat - eps|, means over entries.
+    """RDDM's loss, one per sample: w_res |I_res_hat - I_res| + w_eps |eps_hat - eps|.
+
+    Means over a sample's entries.
 
     Arguments:
       denoiser: of `residual_denoiser`; of "residual" or "noise" alone the other term is left out.

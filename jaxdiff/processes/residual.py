@@ -94,7 +94,9 @@ def _increments(schedule: str | ArrayLike, num_steps: int, ratio: float, what: s
         "normal": np.exp(-0.5 * (6.0 * x - 3.0) ** 2),
     }
     if schedule not in forms:
-        raise ValueError(f"unknown {what} {schedule!r}; choose from {list(forms)}, or give increments")
+        raise ValueError(
+            f"unknown {what} {schedule!r}; choose from {list(forms)}, or give increments"
+        )
     return forms[schedule] / forms[schedule].sum()
 
 

@@ -23,6 +23,11 @@ def network():
     return conditional.conditional_mixture(MEANS, np.full(3, 0.6), ROWS)
 
 
+@jax.jit
+def evaluated(net, x, cond, levels):
+    return net(x, *levels, cond)
+
+
 def sample(denoiser, x=X, **options):
     return jd.sample(denoiser, TABLE, x, cond=jnp.asarray(LABELS[: len(x)]), **options)
 
@@ -81,7 +86,8 @@ def test_the_threshold_is_of_the_noises_cosine(x64):
     for i in range(20):
         (t, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
         cond, uncond = (
-            np.asarray(network()(jnp.asarray(x), t, a, s, c)) for c in (labels, jnp.full(n, NULL))
+            np.asarray(evaluated(network(), jnp.asarray(x), c, (float(t), float(a), float(s))))
+            for c in (labels, jnp.full(n, NULL))
         )
         eps = np.where(crossed[:, None], cond, uncond + 3.0 * (cond - uncond))
         guided += ~crossed
@@ -106,18 +112,22 @@ def paths():
 
 
 def test_recorded_paths_are_the_predictions_of_every_row(paths):
-    """The last row's: at the state that full guidance has there."""
-    nodes = sample(guidance.classifier_free(network(), 3.0, NULL), save="nodes")
-    last = [np.asarray(a)[-1] for a in (TABLE.t, TABLE.alpha, TABLE.sigma)]
-    for got, cond in ((paths[0].cond, LABELS), (paths[0].uncond, np.full(COUNT, NULL))):
-        expected = network()(nodes[-2], *last, jnp.asarray(cond))[:64]
-        np.testing.assert_allclose(got[-1], expected, rtol=1e-3, atol=1e-4)
+    """The first two rows, by hand."""
+    grid, x, conds = jd.grids.uniform(PROCESS, 20), np.asarray(X), (LABELS, np.full(COUNT, NULL))
+    for i in range(2):
+        (t, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
+        levels = float(t), float(a), float(s)
+        pair = [evaluated(network(), jnp.asarray(x), jnp.asarray(c), levels) for c in conds]
+        for got, expected in zip(paths[0], pair):
+            np.testing.assert_allclose(got[i], expected[:64], rtol=1e-4, atol=1e-5)
+        eps = np.asarray(pair[1] + 3.0 * (pair[0] - pair[1]))
+        x = (a1 / a * x + (s1 - a1 * s / a) * eps).astype(np.float32)
 
 
 def test_linear_ag_predicts_held_out_paths(paths, full):
     """Castillo et al. (row 107): fitted on 64 paths, under 10% off on 192 others; every second row of 20
-    without its unconditional half, 30 evaluations, and samples stay nearer to full guidance than
-    those without any."""
+    without its unconditional half is 30 evaluations, and samples are within 0.02 of full guidance
+    (without guidance 0.65)."""
     fit = guidance.fit_linear_ag(paths[0])
     held_out = guidance.linear_residuals(fit, paths[1])
     np.testing.assert_allclose(guidance.linear_residuals(fit, paths[0]), fit.residuals, atol=1e-6)
@@ -125,7 +135,7 @@ def test_linear_ag_predicts_held_out_paths(paths, full):
     assert np.max(held_out) < 0.1
     state = sample(guidance.linear_guidance(network(), 3.0, NULL, fit, X), save="state")
     assert int(state.memory.evaluations) == 30
-    assert rmse(state.registers[0], full) < 0.3 * rmse(sample(network()), full)
+    assert rmse(state.registers[0], full) <= 0.02
 
 
 def test_a_replaced_row_is_the_least_squares_combination():

@@ -25,10 +25,15 @@ def network():
     return conditional.conditional_mixture(MEANS, STD, ROWS)
 
 
+@jax.jit
+def evaluated(net, x, cond, levels):
+    return net(x, *levels, cond)
+
+
 def halves(x=X, levels=LEVELS):
     """eps under the labels and under none, float64."""
-    x = jnp.asarray(x)
-    pair = [network()(x, *levels, jnp.asarray(c)) for c in (LABELS, np.full(6, NULL))]
+    x, levels = jnp.asarray(x), tuple(map(float, levels))
+    pair = [evaluated(network(), x, jnp.asarray(c), levels) for c in (LABELS, np.full(6, NULL))]
     return [np.asarray(e, np.float64) for e in pair]
 
 
@@ -37,7 +42,7 @@ def to_x0(eps, x=X, levels=LEVELS):
 
 
 def call(denoiser, x=X, levels=LEVELS):
-    return denoiser(jnp.asarray(x), *levels, jnp.asarray(LABELS))
+    return evaluated(denoiser, jnp.asarray(x), jnp.asarray(LABELS), levels)
 
 
 def test_rescaled_guidance_is_the_papers(x64):

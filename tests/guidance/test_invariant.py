@@ -77,19 +77,24 @@ def test_the_combination_is_that_of_the_noise(x64, prediction):
 
 # --- Hou et al. 2024 on coloured digits -----------------------------------------------------------
 
-CLASSES, EACH, RARE, WIDTH = 2, 100, 5, 0.2
+CLASSES, EACH, WIDTH = 2, 240, 0.2
 
 
-def coloured(seed=0):
-    """Zeros and ones on two colour planes; 95 of 100 zeros are red, as many ones green."""
-    train = jd.data.digits("train")
+def coloured(half):
+    """Zeros and ones on two colour planes, 240 each; 95% of the zeros are red, as many ones green.
+
+    Two halves of different digits, each of 80 in three positions: what the model knows, and what its
+    losses are measured on (its own images it would know by heart, the rare ones too).
+    """
+    train = jd.data.digits("all")
     x = np.full((CLASSES * EACH, 8, 8, 2), -1.0, np.float32)
     label = np.repeat(np.arange(CLASSES), EACH)
-    rare = np.tile(np.arange(EACH) < RARE, CLASSES)
+    rare = np.tile(np.arange(EACH) % 20 == 7, CLASSES)
     colour = np.where(rare, 1 - label, label)
     for c in range(CLASSES):
-        digits = train.x[train.label == c][:EACH, ..., 0]
-        for i, digit in zip(np.flatnonzero(label == c), digits):
+        digits = train.x[train.label == c][half::2][:80, ..., 0]
+        moved = np.concatenate([np.roll(digits, shift, 2) for shift in (-1, 0, 1)])
+        for i, digit in zip(np.flatnonzero(label == c), moved):
             x[i, ..., colour[i]] = digit
     return x.reshape(len(x), -1), label, rare
 
@@ -108,31 +113,30 @@ def exact(params, x, levels, cond):
 def test_a_colour_bias_goes_without_labels():
     """InvDiff's "works when": of a model whose digits' colours are 95% those of their class, the
     inferred groups find the minority with an AUC of 0.8 or more, the colours of a class come within
-    30% to 70%, and the class accuracy falls by less than 3 points; k = 0 is the base.
+    30% to 70%, and the class accuracy falls by less than 3 points; k = 0 is the base. With the error of
+    x0 for the loss: that of the noise is of fine levels, where colour is plain.
     """
-    x0, label, rare = coloured()
-    base = jd.Denoiser(exact, "x0", (jnp.asarray(x0), jnp.asarray(label)), level)
+    base = jd.Denoiser(exact, "x0", tuple(map(jnp.asarray, coloured(0)[:2])), level)
+    x0, label, rare = coloured(1)
 
     @jax.jit
-    def losses(key):
-        when, noise = jax.random.split(key)
-        t = jd.losses.sample_times("uniform", when, 1, PROCESS)[0]
-        eps = jax.random.normal(noise, x0.shape)
-        return jd.losses.score_matching(base, PROCESS, jnp.asarray(x0), t, eps, jnp.asarray(label))
+    def losses(key, t):
+        eps = jax.random.normal(key, x0.shape)
+        args = jnp.asarray(x0), t, eps, jnp.asarray(label), "x0"
+        return jd.losses.score_matching(base, PROCESS, *args)
 
-    each = np.mean([losses(k) for k in jax.random.split(jax.random.key(0), 64)], 0)
-    weights = guidance.infer_groups(each, 2, jax.random.key(1))
-    means = np.asarray(guidance.group_losses(jnp.asarray(each), weights))
-    hard = int(means.argmax())
-    auc = roc_auc_score(rare, np.asarray(weights)[:, hard])
-    print("AUC", auc, "group sizes", np.asarray(weights).sum(0), "means", means)
+    times = np.float32(np.arange(40) + 0.5) / 40
+    each = np.mean([losses(jax.random.key(i), t) for i, t in enumerate(times)], 0)
+    weights = guidance.infer_groups(each, 4, jax.random.key(1))
+    # A sample's worst case: the mean loss of the groups it is in.
+    auc = roc_auc_score(rare, np.asarray(weights @ guidance.group_losses(each, weights)))
 
     network = jd.models.MLP(width=64, depth=1, num_classes=CLASSES, label_dropout=0.0)
     start = network.init(jax.random.key(2), jnp.zeros((1, 128)), jnp.zeros(1), jnp.zeros(1, int))
     module = jd.models.from_linen(network, start, "x0")
     trained = guidance.train_module(
         base, module, PROCESS, x0, weights, jax.random.key(3), optax.adam(3e-3),
-        steps=300, batch_size=128, k=1.0, form="add", cond=label, weighting="v",
+        steps=300, batch_size=128, penalty=10.0, k=1.0, form="add", cond=label, weighting="x0",
     )  # fmt: skip
     tableau = jd.solvers.ddim(jd.grids.half_log_snr(PROCESS, 20, t_max=0.99, t_min=0.02))
     asked = np.arange(200) % 2
@@ -148,7 +152,7 @@ def test_a_colour_bias_goes_without_labels():
     off = guidance.with_module(base, trained.value, 0.0, "add")
     shares, accuracy = figures(off)
     debiased, accuracy_after = figures(guidance.with_module(base, trained.value, 1.0, "add"))
-    print("shares", shares, debiased, "accuracy", accuracy, accuracy_after)
+    print("AUC", auc, "shares", shares, debiased, "accuracy", accuracy, accuracy_after)
     assert auc >= 0.8
     assert min(shares) >= 0.9
     assert all(0.3 <= share <= 0.7 for share in debiased) and accuracy_after > accuracy - 0.03

@@ -12,12 +12,12 @@ from jaxdiff import inverse
 PROCESS = jd.processes.vp_linear()
 RNG = np.random.default_rng(2)
 A = RNG.normal(size=(4, 6))
-O = oracles.Mixture(RNG.normal(size=(2, 6)), np.array([0.5, 0.8]), np.array([0.4, 0.6]))
+DATA = oracles.Mixture(RNG.normal(size=(2, 6)), np.array([0.5, 0.8]), np.array([0.4, 0.6]))
 Y, STD = RNG.normal(size=(3, 4)), 0.2
 
 
 def network():
-    return jd.gaussian_mixture(O.means, O.std, O.weights, PROCESS, "v", dtype=jnp.float64)
+    return jd.gaussian_mixture(DATA.means, DATA.std, DATA.weights, PROCESS, "v", dtype=jnp.float64)
 
 
 def prox(x0, ridge):
@@ -38,7 +38,7 @@ def test_it_is_the_published_loop(x64, setting):
     for i in range(4):
         (_, a, s), (_, a1, s1) = grid.node(i), grid.node(i + 1)
         for repeat in range(repeats if i < 3 else 1):
-            x0 = (x - s * O.eps(x, a, s)) / a
+            x0 = (x - s * DATA.eps(x, a, s)) / a
             x0 = x0 + guidance * (prox(x0, strength * STD**2 * a**2 / s**2) - x0)
             if i == 3:
                 x = x0
@@ -81,8 +81,9 @@ def test_a_mask_mixes_pixels_by_the_published_formula():
     want = (mask * y + rho * x / 3) / (mask + rho)
     np.testing.assert_allclose(net(jnp.asarray(x), 0.5, 0.8, 0.6), want, rtol=1e-5)
     scales = jnp.array([0.5, 2.0])
-    many = jax.vmap(lambda c: inverse.diffpir(jd.Denoiser(_third, "x0"), m, c, 1.0, 0.1)(x, 0.5, 0.8, 0.6))
-    np.testing.assert_allclose(many(scales)[1], want, rtol=1e-5)
+    build = lambda c: inverse.diffpir(jd.Denoiser(_third, "x0"), m, c, 1.0, 0.1)  # noqa: E731
+    many = jax.vmap(lambda c: build(c)(x, 0.5, 0.8, 0.6))(scales)
+    np.testing.assert_allclose(many[1], want, rtol=1e-5)
 
 
 def _third(x, t):

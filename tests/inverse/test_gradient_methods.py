@@ -9,7 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inverse_cases import DIM, LEVEL, MEANS, SEEN, STD, WEIGHTS, A, X, Y, measurement, moments, prior
+from inverse_cases import (
+    DIM,
+    LEVEL,
+    MEANS,
+    SEEN,
+    STD,
+    WEIGHTS,
+    A,
+    X,
+    Y,
+    measurement,
+    moments,
+    prior,
+)
 
 import jaxdiff as jd
 from jaxdiff import inverse
@@ -169,14 +182,14 @@ def test_mcg_projects_dps_onto_the_noised_measurement(x64):
     np.testing.assert_allclose(got @ A.T, np.broadcast_to(Y, (len(X), SEEN)), atol=1e-9)
     one = jd.grids.from_arrays(GRID.t[2:4], GRID.alpha[2:4], GRID.sigma[2:4])
     d, tableau, control = inverse.mcg(prior(), one, measurement(), 0.1)
-    x = jnp.asarray(np.repeat(X[:1], 2000, 0))
+    x = jnp.asarray(np.repeat(X[:1], 1000, 0))
     got = np.asarray(jd.sample(d, tableau, x, key=KEY, control=control))
     plain = np.asarray(jd.sample(d, tableau, x, key=KEY))
     null = np.eye(DIM) - np.linalg.pinv(A) @ A
     np.testing.assert_allclose(got @ null, plain @ null, atol=1e-9)
     _, alpha, sigma = one.node(1)
     np.testing.assert_allclose((got @ A.T).mean(0), alpha * Y, atol=4 * sigma / np.sqrt(len(x)))
-    np.testing.assert_allclose(np.cov(got @ A.T, rowvar=False), sigma**2 * A @ A.T, atol=0.1 * sigma**2)
+    np.testing.assert_allclose(np.cov(got @ A.T, rowvar=False), sigma**2 * A @ A.T, atol=0.15 * sigma**2)
 
 
 # --- STSL -----------------------------------------------------------------------------------------
@@ -203,7 +216,7 @@ def test_the_trace_of_stsl(x64):
 
 def test_the_correction_of_stsl_is_a_gradient(x64):
     """-zeta grad |y - A x_0hat| - eta grad tr H in the mean over probes, and then x has moved by it."""
-    x = jnp.repeat(jnp.asarray(X[:1]), 20_000, 0)
+    x = jnp.repeat(jnp.asarray(X[:1]), 5_000, 0)
     exact = np.asarray(jax.jit(jax.grad(lambda x: hessian_trace(x).sum()))(x[:1]))[0]
     gradient, mean = dense_norm_gradient()
     for weighting, factor in (("constant", 1.0), ("covariance", SIGMA**4 / ALPHA**2)):
@@ -218,6 +231,43 @@ def test_the_correction_of_stsl_is_a_gradient(x64):
     _, moved, _ = call(twice, x)
     once = inverse.stsl(prior(), measurement(), KEY, 0.2, 0.05, 1, 0.02)
     np.testing.assert_allclose(moved, call(once, x)[2], atol=1e-12)
+
+
+def test_stsl_at_a_quarter_of_the_evaluations():
+    """Works when, STSL: the posterior mean's error at most that of DPS at a quarter of its evaluations,
+    on 2 of 3 seeds; here within 5% of it on 2 of 3 (at most it on one), each at its best zeta.
+
+    96 evaluations, 24 levels with two refinements of twice the batch, against 384. The exact claim does
+    not hold on mixtures, nor is the trace what helps: eta = 0 is as near, and so is DPS itself with 96
+    levels and a larger zeta (the paper compares with PSLD's 1,000 steps).
+    """
+    rng = np.random.default_rng(0)
+    d = jd.gaussian_mixture(rng.normal(size=(4, 16)), np.full(4, 0.4), np.ones(4))
+    operator = inverse.matrix(rng.normal(size=(6, 16)) / 4)
+    y = inverse.measure(operator, d.params.sample(KEY, (3,))[0], 0.1, jax.random.key(1)).y
+    exact = [inverse.mixture_posterior(d, operator, row, 0.1).mean for row in y]
+    x_T = PROCESS.prior(jax.random.key(2), (256, 16))
+
+    def errors(make, steps, strengths, moves=False):
+        """Of the posterior's mean, relative: [strength, measurement]."""
+        tableau = jd.solvers.ddpm(jd.grids.half_log_snr(PROCESS, steps))
+        tableau = inverse.corrected(tableau, moves)
+
+        def one(strength, y):
+            guided = make(d, inverse.Measurement(operator, y, 0.1), strength)
+            return jnp.mean(jd.sample(guided, tableau, x_T, key=KEY), 0)
+
+        means = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(strengths), y)
+        return np.linalg.norm(means - np.stack(exact), axis=-1) / np.linalg.norm(exact, axis=-1)
+
+    # The best of 0.3 and 1, of 1 and 2, of 2 and 3.
+    (dps,), (fewer,) = errors(inverse.dps_step, 384, [0.3]), errors(inverse.dps_step, 96, [1.0])
+    first, second = errors(
+        lambda d, m, eta: inverse.stsl(d, m, KEY, 2.0, eta, 2), 24, [0.0, 0.002], moves=True
+    )
+    assert np.sum(second <= 1.05 * dps) >= 2
+    np.testing.assert_allclose(second, first, rtol=0.02)
+    assert fewer.mean() < 1.1 * second.mean()
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -283,12 +333,11 @@ def test_one_activation_set(name):
 
 def test_strengths_are_data():
     """vmap over strengths, and memory counted through a sampler."""
-    d = prior()
     x = jnp.asarray(X, jnp.float32)
-    scales = jnp.asarray([0.0, 0.5])
-    got = jax.vmap(lambda s: inverse.dps(d, measurement(), s)(x, *LEVEL))(scales)
-    np.testing.assert_allclose(got[0], d(x, *LEVEL), rtol=1e-5)
-    np.testing.assert_allclose(got[1], inverse.dps(d, measurement(), 0.5)(x, *LEVEL), rtol=1e-4)
+    guided = jax.jit(jax.vmap(lambda s: inverse.dps(prior(), measurement(), s)(x, *LEVEL)))
+    none, half, whole = guided(jnp.asarray([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(none, moments()[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole - none, 2 * (half - none), rtol=1e-4, atol=1e-4)
     counting = Counted().denoiser(jnp.zeros(()))
     state = jd.sample(
         inverse.pigdm(counting, measurement()), jd.solvers.ddim(GRID), x, save="state"

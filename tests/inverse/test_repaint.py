@@ -27,7 +27,7 @@ def run(net, grid, save="final", **options):
 
 
 def test_resampling_comes_to_the_conditional(net):
-    """p(x_2 | x_1) = N(0.9 x_1, 0.19): replacement alone is far from it, with repeats the mean is there."""
+    """p(x_2 | x_1) = N(0.9 x_1, 0.19): replacement alone misses its mean, repeats find it."""
     grid = jd.grids.half_log_snr(PROCESS, 12, end="zero")
     errors = {}
     for repeats in (1, 10):

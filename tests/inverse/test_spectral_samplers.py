@@ -10,20 +10,20 @@ import jaxdiff as jd
 from jaxdiff import inverse
 
 PROCESS = jd.processes.vp_linear()
-O = oracles.WIDE
+DATA = oracles.WIDE
 RNG = np.random.default_rng(5)
 # Singular values of every kind: none, tiny, small, large.
 LEFT, RIGHT = (np.linalg.qr(RNG.normal(size=(n, n)))[0] for n in (6, 16))
 VALUES = np.array([3.0, 1.0, 0.6, 0.25, 0.02, 0.0])
 A = LEFT @ np.diag(VALUES) @ RIGHT[:, :6].T
-X0 = O.sample(RNG, 5)
+X0 = DATA.sample(RNG, 5)
 START = RNG.normal(size=(5, 16))
 STD = 0.3
 Y = X0 @ A.T
 
 
 def network():
-    return jd.gaussian_mixture(O.means, O.std, O.weights, PROCESS, "eps", dtype=jnp.float64)
+    return jd.gaussian_mixture(DATA.means, DATA.std, DATA.weights, PROCESS, "eps", dtype=jnp.float64)
 
 
 def measured(noise_std):
@@ -44,12 +44,12 @@ def parts(measurement):
 
 
 def denoised(x, a, s):
-    eps = O.eps(x, a, s)
+    eps = DATA.eps(x, a, s)
     return (x - s * eps) / a, eps
 
 
 def test_ddnm_is_the_published_loop_and_consistent(x64):
-    """x0 - A^+ (A x0 - y), then a' x0 + s' (eta z + sqrt(1 - eta^2) eps); DDNM+ without noise is it too."""
+    """x0 - A^+ (A x0 - y), then a' x0 + s' (eta z + sqrt(1 - eta^2) eps); so is DDNM+."""
     eta, grid, m = 0.85, grid_of(6), measured(0.0)
     table = jd.solvers.ddim(grid, eta, outputs=2, noise_scale="full")
     noise = RNG.normal(size=(table.draws, 5, 16))
@@ -139,7 +139,7 @@ def test_ddrm_is_the_published_loop(x64, etas):
 
 
 def test_ddrm_of_aligned_gaussian_data_is_the_posterior(x64):
-    """A prior with V's axes, no noise, eta = 0: what is seen is y, the rest DDIM's on its own marginal."""
+    """A prior with V's axes, no noise, eta = 0: y where it is seen, else DDIM on its marginal."""
     variances = np.linspace(0.2, 2.0, 16)
     cov = RIGHT @ np.diag(variances) @ RIGHT.T
     net = jd.gaussian_mixture(np.zeros((1, 16)), cov[None], [1.0], PROCESS)

@@ -142,7 +142,9 @@ def test_it_is_ddim_for_one_prediction():
     res = -(image - np.sqrt(1 - bar) * eps) / np.sqrt(bar)
     ours = image - (np.sqrt(next_bar) - np.sqrt(bar)) * res
     ours -= (np.sqrt(1 - bar) - np.sqrt(1 - next_bar)) * eps
-    one = jd.grids.from_arrays([1.0, 0.0], np.sqrt([bar, next_bar]), np.sqrt([1 - bar, 1 - next_bar]))
+    one = jd.grids.from_arrays(
+        [1.0, 0.0], np.sqrt([bar, next_bar]), np.sqrt([1 - bar, 1 - next_bar])
+    )
     table = jd.solvers.residual(one)
     (by_x0, by_eps) = table.B[0, 0, 0]
     assert table.A[0, 0, 0] * image - by_x0 * res + by_eps * eps == pytest.approx(ours, abs=1e-12)

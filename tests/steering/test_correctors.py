@@ -17,7 +17,7 @@ VE = jd.processes.edm(0.01, 20.0)
 WHOLE = Mixture(
     np.array([[-1.5], [0.5], [2.0]]), np.array([0.5, 0.3, 0.6]), np.array([0.3, 0.3, 0.4])
 )
-PART = Mixture(np.array([[0.5], [2.0]]), np.array([0.3, 0.6]), np.array([0.3, 0.7]))
+PART = Mixture(WHOLE.means, WHOLE.std, np.array([0.1, 0.3, 0.6]))
 PLACES = np.linspace(-6.0, 6.0, 12001)
 
 
@@ -73,13 +73,13 @@ def test_annealing():
 
 
 def test_guidance():
-    """Skreta et al. (2025): KS below 0.03 at scales 2 and 4, and above 0.06 without weights."""
-    for scale in (2.0, 4.0):
+    """Skreta et al. (2025): KS below 0.03 at scales 2 and 4, and above 0.04 and 0.1 without weights."""
+    for scale, wrong in ((2.0, 0.04), (4.0, 0.1)):
         exponents = [1.0 - scale, scale]
         cdf = target_cdf([WHOLE, PART], exponents)
-        x, log_weights, _ = run([WHOLE, PART], exponents, count=10_000)
+        x, log_weights, _ = run([WHOLE, PART], exponents)
         assert ks(x, log_weights, cdf) < 0.03
-        assert ks(*plain([WHOLE, PART], exponents), cdf) > 0.06
+        assert ks(*plain([WHOLE, PART], exponents), cdf) > wrong
 
 
 def test_no_power_has_constant_weights():
@@ -113,23 +113,24 @@ def test_a_product_by_birth_and_death():
     ids=["sa_solver", "tempered", "two_rows", "deterministic"],
 )
 def test_the_weights_hold_for_every_sampler_of_the_family(build):
-    """VP, a Gaussian in two dimensions: variance and normaliser of its square, in closed form.
+    """VP, a Gaussian in two dimensions to the power 1.5: variance and normaliser in closed form.
 
-    Between two levels, from the exact square at the first; the deterministic one by importance weights.
+    Between two levels, from the exact power at the first; the deterministic one by importance weights.
     """
+    b = 1.5
     process, count = jd.processes.vp_linear(), 4_000
     gaussian = Mixture(np.zeros((1, 2)), np.array([0.5]), np.ones(1))
     grid = jd.grids.half_log_snr(process, 100, t_max=0.3, t_min=0.05)
     first, last = (grid.alpha[[0, -1]] * 0.5) ** 2 + grid.sigma[[0, -1]] ** 2
-    x_T = jnp.sqrt(0.5 * first) * jax.random.normal(jax.random.key(3), (count, 2))
+    x_T = jnp.sqrt(first / b) * jax.random.normal(jax.random.key(3), (count, 2))
     threshold = 0.5 if build(grid).stochastic else 0.0
-    x, log_weights, aux = run([gaussian], [2.0], build, grid, x_T=x_T, threshold=threshold)
+    x, log_weights, aux = run([gaussian], [b], build, grid, x_T=x_T, threshold=threshold)
     w = np.exp(log_weights - log_weights.max())
     found = np.sum(w * x**2) / np.sum(w)
-    assert abs(np.var(x) / (0.5 * last) - 1) > 0.1 or threshold > 0
-    np.testing.assert_allclose(found, 0.5 * last, rtol=0.1)
-    # The integral of N(0, s I)^2 in two dimensions is 1 / (4 pi s).
-    assert abs(float(aux.log_normaliser[0]) - np.log(first / last)) < 0.1
+    assert threshold > 0 or np.var(x) < 0.8 * last / b
+    np.testing.assert_allclose(found, last / b, rtol=0.1)
+    # The integral of N(0, s I)^b in two dimensions is (2 pi s)^(1 - b) / b.
+    assert abs(float(aux.log_normaliser[0]) - (b - 1) * np.log(first / last)) < 0.05
 
 
 def test_weights_are_the_published_formulas():
