@@ -23,6 +23,7 @@ from jaxdiff.denoisers import Denoiser
 from jaxdiff.editing.edit_friendly import as_data
 from jaxdiff.grids import Grid, from_arrays
 from jaxdiff.integrator import Control, RowInfo
+from jaxdiff.inverse.strengths import check_count
 from jaxdiff.sampling import sample
 from jaxdiff.solvers.combine import concatenate
 from jaxdiff.solvers.first_order import ddim
@@ -33,8 +34,7 @@ def cyclic_sde(
     grid: Grid, cycles: int = 10, low: float = 0.5, high: float = 0.7, eta: float = 1.0,
     final_eta: float = 0.1,
 ) -> Tableau:  # fmt: skip
-    """`cycles` times up from t_1 to t_2 by noise and down by DDIM with `eta`, then down to the
-    data.
+    """`cycles` times up from t_1 to t_2 by noise and down by DDIM; then down to the data.
 
     It starts from a state at t_1 and ends at the grid's last node. Evaluations: cycles times the
     steps from t_2 to t_1, and those from t_1 on.
@@ -49,8 +49,7 @@ def cyclic_sde(
     sigma > 0, are t_2 and t_1.
     """
     top, bottom = _nodes(grid, low, high)
-    if isinstance(cycles, bool) or not isinstance(cycles, (int, np.integer)) or cycles < 0:
-        raise ValueError(f"cycles must be an integer of at least 0, got {cycles!r}")
+    check_count("cycles", cycles, least=0)
     (_, a1, s1), (_, a2, s2) = grid.node(bottom), grid.node(top)
     up = Start(np.array([a2 / a1]), np.array([np.sqrt(s2**2 - (s1 * a2 / a1) ** 2)]))
     down = ddim(_part(grid, top, bottom), eta)
@@ -69,7 +68,7 @@ def cyclic_one_way(
     Arguments:
       denoiser: any, guided or not.
       grid: from noise at t_2 or above to data with sigma > 0 (DDIM inversion starts there); the
-        paper's has 10 steps for its whole range (25 to 50 before).
+        published code's has 10 steps for its whole range.
       condition: the picture, [batch, ...], looked at under the mask alone.
       mask: 1 where the condition is, else 0, of a shape that broadcasts against it.
       key: one key, or one per sample.

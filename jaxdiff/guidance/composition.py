@@ -18,19 +18,26 @@ the density at x. Those densities are followed along the path by `jaxdiff.steeri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike
 
-from jaxdiff.arrays import as_arrays, is_concrete, to_batch
+from jaxdiff.arrays import as_arrays
 from jaxdiff.denoisers import Denoiser, check_single, level
+from jaxdiff.guidance.together import (
+    Scale,
+    as_scale,
+    at_level,
+    check_conditional,
+    filled,
+    keeping,
+    times,
+    together,
+    wide,
+)
 from jaxdiff.predictions import convert
-
-Weight = ArrayLike | Callable[[Any, Any, Any], Any]
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +55,7 @@ class Experts:
 
     def exponents(self, t: Any, alpha: Any, sigma: Any) -> list[Any]:
         """The power of each density at a level, in the order of the parts; the unconditional first."""
-        found = [w(t, alpha, sigma) if callable(w) else w for w in self.weights]
+        found = [at_level(w, (t, alpha, sigma)) for w in self.weights]
         return found if self.null is None else [1.0 - sum(found), *found]
 
     @property
@@ -58,7 +65,7 @@ class Experts:
 
 
 def compose(
-    denoiser: Denoiser, weights: Sequence[Weight], null_cond: Any = None, keep_parts: bool = False
+    denoiser: Denoiser, weights: Sequence[Scale], null_cond: Any = None, keep_parts: bool = False
 ) -> Denoiser:  # fmt: skip
     """uncond + sum_i w_i (cond_i - uncond): one condition with w = 1 is conditional, w < 0 negates.
 
@@ -75,15 +82,15 @@ def compose(
       keep_parts: predict (the sum, uncond, cond_1, ..., cond_N), for `jaxdiff.steering`.
 
     Raises ValueError for no weights, weights that are no numbers or [batch], a denoiser of several
-    predictions, or, when sampling, another number of conditions.
+    predictions or without conditions, or, when sampling, another number of conditions.
     """
-    check_single(denoiser, "compose")
+    check_conditional(denoiser, "compose")
     prediction = "eps" if null_cond is None else denoiser.prediction
     return _experts((denoiser,), weights, null_cond, prediction, keep_parts, joint=True)
 
 
 def product(
-    denoisers: Sequence[Denoiser], weights: Sequence[Weight] | None = None,
+    denoisers: Sequence[Denoiser], weights: Sequence[Scale] | None = None,
     keep_parts: bool = False,
 ) -> Denoiser:  # fmt: skip
     """sum_i w_i eps_i of several networks, the score of prod_i p_i^w_i times -sigma; predicts "eps".
@@ -113,19 +120,13 @@ def _experts(denoisers, weights, null, prediction, keep_parts, joint) -> Denoise
     weights = list(weights)
     if not weights:
         raise ValueError("a composition needs at least one weight")
-    for weight in weights:
-        if callable(weight):
-            continue
-        if np.ndim(weight) > 1 or (is_concrete(weight) and not np.all(np.isfinite(weight))):
-            raise ValueError(
-                f"a weight must be a finite number, [batch], or a function, got {weight!r}"
-            )
+    leaves = tuple(as_scale(weight, "composition") for weight in weights)
     parts = len(weights) + (null is not None)
     memories = tuple(denoiser.memory for denoiser in denoisers)
     return Denoiser(
         fn=_Composed(prediction, keep_parts, joint),
         prediction=(prediction,) * (1 + parts) if keep_parts else prediction,
-        params=Experts(denoisers, as_arrays(tuple(weights)), as_arrays(null)),
+        params=Experts(denoisers, leaves, as_arrays(null)),
         time=level,
         memory=None if all(memory is None for memory in memories) else memories,
         cost=parts * denoisers[0].cost if joint else sum(d.cost for d in denoisers),
@@ -140,42 +141,27 @@ class _Composed:
 
     def __call__(self, experts, x, levels, cond=None, memory=None):
         memories = (None,) * len(experts.denoisers) if memory is None else memory
-        run = self._together if self.joint else self._in_turn
-        parts, new = run(experts, x, levels, cond, memories)
-        exponents = experts.exponents(*levels)
-
-        def total(y, *leaves):
-            # In the state's precision, not the network's: differences may be amplified.
-            return sum(to_batch(w, y).astype(y.dtype) * a for w, a in zip(exponents, leaves))
-
-        exponents = [jnp.asarray(w) for w in exponents]
-        out = jax.tree.map(total, x, *parts)
+        run = self._jointly if self.joint else self._in_turn
+        parts, new = run(experts, x, levels, self._conditions(experts, cond), memories)
+        scaled = [times(w, part) for w, part in zip(experts.exponents(*levels), parts)]
+        out = jax.tree.map(lambda *leaves: sum(leaves), *scaled)
         out = (out, *parts) if self.keep_parts else out
         return out if memory is None else (out, new)
 
     def _converted(self, out, x, source, levels):
-        out = jax.tree.map(lambda a, y: a.astype(jnp.promote_types(a.dtype, y.dtype)), out, x)
-        return convert(out, x, source, self.prediction, *levels[1:])
+        return convert(wide(out, x), x, source, self.prediction, *levels[1:])
 
-    def _together(self, experts, x, levels, cond, memories):
+    def _jointly(self, experts, x, levels, conds, memories):
         """Every condition in one evaluation of a larger batch."""
         (denoiser,), null = experts.denoisers, experts.null
-        conds = list(self._conditions(experts, cond))
         if null is not None:
-            first = conds[0]
-            conds = [jax.tree.map(_filled, first, null), *conds]
-        count = len(conds)
-        many = jax.tree.map(lambda a: jnp.concatenate([a] * count), x)
-        t, alpha, sigma = (jnp.tile(c, count) if jnp.ndim(c) == 1 else c for c in levels)
-        joined = jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
-        out, new = denoiser.evaluate(many, t, alpha, sigma, joined, memories[0])
-        n = jax.tree.leaves(x)[0].shape[0]
-        parts = [jax.tree.map(lambda a, i=i: a[i * n : (i + 1) * n], out) for i in range(count)]
-        return [self._converted(p, x, denoiser.prediction, levels) for p in parts], (new,)
+            conds = (filled(null, conds[0]), *conds)
+        evaluate, kept = keeping(denoiser, memories[0])
+        outs = together(evaluate, x, levels, conds)
+        return [self._converted(o, x, denoiser.prediction, levels) for o in outs], (kept(),)
 
-    def _in_turn(self, experts, x, levels, cond, memories):
+    def _in_turn(self, experts, x, levels, conds, memories):
         parts, new = [], []
-        conds = self._conditions(experts, cond)
         for denoiser, c, memory in zip(experts.denoisers, conds, memories):
             out, memory = denoiser.evaluate(x, *levels, c, memory)
             parts.append(self._converted(out, x, denoiser.prediction, levels))
@@ -207,7 +193,3 @@ class _Composed:
             denoisers, conds = (denoisers[0], *denoisers), (experts.null, *conds)
         for denoiser, c in zip(denoisers, conds):
             denoiser.check(batch, c, alpha)
-
-
-def _filled(cond: Any, null: Any) -> Any:
-    return jnp.broadcast_to(null, cond.shape).astype(cond.dtype)

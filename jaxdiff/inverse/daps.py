@@ -35,8 +35,7 @@ from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Langevin:
-    """Step 2 by unadjusted Langevin dynamics on log p(y | x_0) + log N(x_0; x_0hat, r^2), from
-    x_0hat.
+    """Step 2 by unadjusted Langevin dynamics on log p(y | x_0) N(x_0; x_0hat, r^2), from x_0hat.
 
         x <- x + h g + sqrt(2 h) z,    g = A^T (y - A x) / tau^2 + (x_0hat - x) / r^2
 
@@ -134,9 +133,7 @@ def daps(
         state = Update([a2 * to_x0[0]], [a2 * to_x0[1]], z)
         rows.append(Row(levels[inner - 1], [state, Update([to_x0[0]], [to_x0[1]])]))
     nodes = [(i * inner, 0) for i in range(grid.steps + 1)]
-    control = DAPS(
-        measurement, langevin, radius[:-1], np.asarray(grid.alpha)[1:], inner
-    )
+    control = DAPS(measurement, langevin, radius[:-1], np.asarray(grid.alpha)[1:], inner)
     return assemble(rows, "x0", np, nodes=nodes), control
 
 
@@ -161,9 +158,7 @@ def _check_langevin(langevin: Any) -> None:
         check_number("momentum", langevin.momentum, 0.0, 1.0)
 
 
-def gaussian_posterior(
-    measurement: Measurement, x0: Array, radius: ArrayLike, key: Array
-) -> Array:
+def gaussian_posterior(measurement: Measurement, x0: Array, radius: ArrayLike, key: Array) -> Array:
     """A sample of p(x | y) under the prior N(x0, radius^2 I), one for each x0 [batch, ...]; exact.
 
     A prior sample corrected by its own simulated measurement (Matheron's rule).

@@ -78,9 +78,7 @@ class DDRM(SpectralControl):
             std = alpha * jnp.where(jnp.isinf(seen.std), 0.0, seen.std)
             known = jnp.isfinite(seen.std) & (std <= sigma)
             left = jnp.sqrt(jnp.maximum(1.0 - (std / sigma) ** 2, 0.0))
-            return self.spectrum.right_back(
-                jnp.where(known, alpha * seen.y + left * noise, noise)
-            )
+            return self.spectrum.right_back(jnp.where(known, alpha * seen.y + left * noise, noise))
 
         return jax.lax.cond(row.index == 0, drawn, lambda x: x, x), aux
 

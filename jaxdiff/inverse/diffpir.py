@@ -39,12 +39,12 @@ def diffpir(
     Arguments:
       denoiser: any single prediction.
       measurement: its operator's `solve` is called once; no spectrum, and no Jacobian of the
-      network.
+        network.
       strength: the paper's lambda, at least 0, on the prior's side; 1 with `partial_renewal(grid,
         zeta)` is the published setting.
       guidance: in [0, 1]; 1 is the paper's.
       least_std: what a smaller noise_std counts as (the published 0.001, of images in [0, 1]),
-      positive.
+        positive.
 
     For Gaussian data of covariance (sigma / alpha)^2 I around x_0 and strength 1, prox is the
     posterior mean. Any tableau takes it. Operators whose `solve` iterates need a grid that starts

@@ -102,7 +102,8 @@ def joint_dps(
 
     Predicts (x_0hat, the corrections), each a dictionary, for `corrected(tableau)`. The norm is not
     squared and is each sample's own (the published code's is that of its whole batch), so a strength is
-    a length a step. One evaluation and one pullback of every denoiser a call.
+    a length a step. (The published code takes the sums of J's columns, entry by entry, for the
+    pullback: here it is J^T.) One evaluation and one pullback of every denoiser a call.
 
     Arguments:
       denoisers: by name, of single predictions. cond, if any, is a dictionary of theirs.
@@ -241,6 +242,8 @@ def joint_projection(
     `sample(joint_prior(denoisers), tableau, x_T, key, control=joint_projection(...))`.
     """
     _check_names(measurement, "joint_projection", strengths=strengths)
+    if not isinstance(grid, Grid) or grid.backward:
+        raise ValueError(f"joint_projection takes a grid from noise to data, got {grid!r}")
     return JointProjection(measurement, dict(strengths), ends(grid, visits(grid.steps, 1, 1)))
 
 

@@ -27,8 +27,7 @@ def visits(steps: int, length: int = 10, repeats: int = 10) -> Int[np.ndarray, "
     """The nodes of every row: (evaluated at, stepped to, left at), for a grid of `steps` steps.
 
     Counted from the data, every `length`-th node but those in the first `length` steps is a place
-    to
-    go back from: the first repeats - 1 times that a step leads there, the row goes on up by
+    to go back from: the first repeats - 1 times that a step leads there, the row goes on up by
     `length` nodes. repeats = 1 is the plain grid. Rows: about steps repeats. RePaint's jump_length
     and jump_n_sample, DDNM's travel_length and travel_repeat.
 
@@ -108,7 +107,8 @@ def time_travel(tableau: Tableau, grid: Grid, length: int = 10, repeats: int = 1
         own = xp.zeros(len(nodes)) if tableau.C is None else tableau.C[first, 0]
         noise = xp.hypot(way.factor * own, way.climb)[:, None]
         drawn = up | (np.asarray(own) != 0) if is_concrete(own) else np.ones_like(up)
-    arrived = np.append(0, nodes[:, 2])  # the node of every state; its solution is the last one there
+    # The node of every state; the solution at a node is the last state there.
+    arrived = np.append(0, nodes[:, 2])
     last = [(int(np.flatnonzero(arrived == k)[-1]), 0) for k in range(len(grid))]
     return dataclasses.replace(
         tableau, A=way.factor[:, None, None] * tableau.A[first],

@@ -20,7 +20,7 @@ def psnr(
 
     Arguments:
       x, reference: [n, h, w] or [n, h, w, channels], of one shape; one reference [1, ...] serves
-      all.
+        all.
       data_range: largest difference that pixels can have: 2 for images in [-1, 1], 1 in [0, 1].
 
     Infinite for equal images. In float64 on the host; nothing is clipped or rounded. Raises

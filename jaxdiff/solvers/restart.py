@@ -128,9 +128,11 @@ def _entered(
     """`table`, built on `sub`, from `level` at sub's end: first up to sub's start, by noise."""
     _, alpha, sigma = level
     up = s_noise * sub.alpha[0] * np.sqrt(high**2 - (sigma / alpha) ** 2)
-    start = table.start
+    start, draw = table.start, table.draw
     noise = np.abs(start.S) * up
     if start.C is not None:  # the base's own churn
         noise = np.hypot(noise, start.C)
+    elif table.C is not None:  # draw 0 is the start's
+        draw = draw + np.int32(1)
     scale = start.S * sub.alpha[0] / alpha
-    return dataclasses.replace(table, start=Start(scale, noise, start.d))
+    return dataclasses.replace(table, start=Start(scale, noise, start.d), draw=draw)

@@ -76,7 +76,7 @@ def test_digits_grow_around_their_left_halves():
     pixels being decided later than photographs.
     """
     digits = jd.data.digits("test")
-    x0, labels = digits.x[:48], digits.label[:48]
+    x0, labels = digits.x[:32], digits.label[:32]
     mask = np.zeros((8, 8, 1))
     mask[:, :4] = 1
     grid = jd.grids.uniform(PROCESS, 10, t_min=0.01, t_max=0.99)
@@ -90,8 +90,8 @@ def test_digits_grow_around_their_left_halves():
         found[cycles] = probability(x, labels)
         assert np.sqrt(np.mean((x - x0)[:, :, :4] ** 2)) < 0.1
     assert seam[10] <= 0.7 * seam[0]
-    # 48 images: 0.02 is a standard error of their mean
-    assert found[1] > found[0] + 0.2 and found[10] > found[1] - 0.02 and found[10] > 0.85
+    # 32 images: 0.03 is about a standard error of their mean
+    assert found[1] > found[0] + 0.2 and found[10] > found[1] - 0.03 and found[10] > 0.85
 
 
 def test_bad_input_is_named():

@@ -121,7 +121,7 @@ def in_turn(params, x, levels, *, memory):
 def test_blends_of_digits_have_more_of_both():
     """The "works when": min(p_3, p_5), by a classifier that did not steer, is on average higher than
     with the embeddings' mean and with alternating prompts."""
-    count, steps = 48, 20
+    count, steps = 40, 15
     net = digits.denoiser("small")
     threes, fives = (jnp.full(count, c, jnp.int32) for c in (3, 5))
     tableau = jd.solvers.ddim(jd.grids.half_log_snr(PROCESS, steps, t_max=0.99, t_min=0.01))

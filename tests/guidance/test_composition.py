@@ -129,8 +129,10 @@ def test_bad_input_is_named():
     x = jnp.zeros((3, 2))
     with pytest.raises(ValueError, match="at least one weight"):
         compose(NET, [], NULL)
-    with pytest.raises(ValueError, match="a weight must be a finite number"):
+    with pytest.raises(ValueError, match="a scale must be a finite number"):
         compose(NET, [np.nan], NULL)
+    with pytest.raises(ValueError, match="needs a conditional model"):
+        compose(jd.gaussian_mixture(CELLS, np.full(9, 0.3), np.ones(9)), [1.0], NULL)
     with pytest.raises(ValueError, match="2 weights: sample with cond= a tuple .* got NoneType"):
         jd.sample(compose(NET, [1.0, 1.0], NULL), table, x)
     with pytest.raises(ValueError, match="1 weights: sample with cond= .* got 2"):

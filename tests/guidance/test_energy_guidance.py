@@ -35,25 +35,34 @@ def denoised(x, alpha, sigma):
     return x0, slope, (x - alpha * x0) / sigma
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("size", ["score", "x0", "relative"])
-def test_the_three_sizes_are_those_of_the_formulas(x64, prediction, size):
-    x, (t, alpha, sigma) = RNG.normal(size=(4, 2)), (0.4, 0.8, 0.6)
+def test_the_three_sizes_are_those_of_the_formulas(x64):
+    """On every prediction, with and without the unguided noise beside."""
+    x, level = RNG.normal(size=(4, 2)), (0.4, 0.8, 0.6)
+    _, alpha, sigma = level
     x0, slope, eps = denoised(x, alpha, sigma)
     g = slope * (x0 - TARGET)
     rms = lambda a: np.sqrt(np.mean(a**2, 1, keepdims=True))  # noqa: E731
-    factor = {
+    factors = {
         "score": sigma**2 / alpha, "x0": 1.0, "relative": rms(sigma / alpha * eps) / rms(g),
-    }[size]  # fmt: skip
-    args = distance, jnp.asarray(TARGET), 0.7, size
-    guided = guidance.energy_guidance(gaussian(prediction), *args)
-    assert guided.prediction == prediction and guided.cost == 1
-    got = guided.predict("x0", x, t, alpha, sigma)
-    np.testing.assert_allclose(got, x0 - 0.7 * factor * g, rtol=1e-9, atol=1e-9)
-    pair = guidance.energy_guidance(gaussian(prediction), *args, keep_eps=True)
-    both = pair(x, t, alpha, sigma)
-    np.testing.assert_allclose(both[0], got, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(both[1], eps, rtol=1e-9, atol=1e-9)
+    }  # fmt: skip
+
+    @jax.jit
+    def every(x):
+        found = {}
+        for size in factors:
+            for prediction in PREDICTIONS:
+                args = gaussian(prediction), distance, jnp.asarray(TARGET), 0.7, size
+                guided = guidance.energy_guidance(*args)
+                assert guided.prediction == prediction and guided.cost == 1
+                pair = guidance.energy_guidance(*args, keep_eps=True)(x, *level)
+                found[size, prediction] = guided.predict("x0", x, *level), *pair
+        return found
+
+    for (size, _), (alone, beside, noise) in every(x).items():
+        want = x0 - 0.7 * factors[size] * g
+        np.testing.assert_allclose(alone, want, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(beside, want, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(noise, eps, rtol=1e-9, atol=1e-9)
 
 
 def test_it_is_freedom_for_clip(x64):
@@ -132,11 +141,11 @@ def test_the_backward_step_descends_without_the_jacobian(x64):
 def test_time_travel_leaves_the_distribution(x64):
     """Without an energy, repeats change nothing of the marginal (a Gaussian, in closed form), and
     the rows are the blocks' times their repeats."""
-    grid = jd.grids.half_log_snr(PROCESS, 12, t_max=0.97, t_min=0.05)
-    tableau = guidance.time_travel(grid, 3, length=5, base=jd.solvers.heun)
-    pieces = [jd.solvers.heun(jd.grids.half_log_snr(PROCESS, n)).rows for n in (5, 5, 2)]
+    grid = jd.grids.half_log_snr(PROCESS, 30, t_max=0.97, t_min=0.05)
+    tableau = guidance.time_travel(grid, 3, length=12, base=jd.solvers.heun)
+    pieces = [jd.solvers.heun(jd.grids.half_log_snr(PROCESS, n)).rows for n in (12, 12, 6)]
     assert abs(tableau.rows - 3 * sum(pieces)) <= 6  # Heun's last step is one row at sigma = 0
-    (_, a, s), (_, a1, s1) = grid.node(0), grid.node(12)
+    (_, a, s), (_, a1, s1) = grid.node(0), grid.node(30)
     normal = np.random.default_rng(3).normal
     x = a * MEAN + np.sqrt(a**2 * VARIANCE + s**2) * normal(size=(4000, 2))
     y = np.asarray(jd.sample(gaussian(), tableau, jnp.asarray(x), key=jax.random.key(0)))
@@ -145,8 +154,8 @@ def test_time_travel_leaves_the_distribution(x64):
 
 
 def test_an_energy_draws_samples_to_it():
-    """Three components, the target in one: 21% of the samples are near it without, 73% with guidance
-    in two passes of time travel over the middle steps."""
+    """Three components, the target in one: 21% of the samples are near it without, most with guidance
+    and two passes over the middle steps."""
     o = oracles.Mixture(oracles.BROAD.means * 2, np.full(3, 0.3), oracles.BROAD.weights)
     net = jd.gaussian_mixture(o.means, o.std, o.weights, PROCESS)
     grid = jd.grids.half_log_snr(PROCESS, 15, t_max=0.97, t_min=0.05)

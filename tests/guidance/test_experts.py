@@ -49,7 +49,7 @@ def test_the_divergence_is_of_the_teacher_from_the_expert(x64):
 
 # --- Go et al. 2023 on digits ---------------------------------------------------------------------
 
-EXPERTS, UPDATES, BATCH = 5, 250, 48
+EXPERTS, UPDATES, BATCH = 5, 150, 48
 
 
 def single(variables, logits, samples, teacher, key):
@@ -69,10 +69,10 @@ def test_experts_guide_where_the_clean_classifier_does_not():
     samples has an error of some points, so the test asks for 2 and 5 less.
     """
     train, variables = jd.data.digits("train"), clean_cnn.variables()
-    net = exact_digits.denoiser(train.x[:300], train.label[:300])
-    grid = jd.grids.uniform(PROCESS, 20)
+    net = exact_digits.denoiser(train.x[:200], train.label[:200])
+    grid = jd.grids.uniform(PROCESS, 15)
     tableau = jd.solvers.ddpm(grid)
-    x_T = PROCESS.prior(jax.random.key(0), (300, 8, 8, 1))
+    x_T = PROCESS.prior(jax.random.key(0), (200, 8, 8, 1))
     samples = jd.sample(net, tableau, x_T, key=jax.random.key(1))
     trained = guidance.train_experts(
         LOGITS, variables, PROCESS, samples, jax.random.key(2), optax.adam(1e-2),

@@ -78,10 +78,10 @@ def test_the_guided_denoiser_by_dense_algebra(name, x64):
 
 
 def test_every_prediction_serves(x64):
-    want = call(inverse.pigdm(prior(), measurement()), jnp.asarray(X))
     for prediction in ("eps", "v"):
-        guided = inverse.pigdm(prior(prediction), measurement())
-        np.testing.assert_allclose(call(guided, jnp.asarray(X)), want, atol=1e-10)
+        guided = inverse.dps(prior(prediction), measurement())
+        got = call(guided, jnp.asarray(X))
+        np.testing.assert_allclose(got, solved(lambda r, s: r / STD**2), atol=1e-9)
 
 
 def test_what_is_exact_for_gaussians(x64):
@@ -143,20 +143,21 @@ def test_dps_step_and_pigdm_step_by_dense_algebra(x64):
 
 
 PROCESS = jd.processes.vp_linear()
-GRID = jd.grids.half_log_snr(PROCESS, 6)
+GRID = jd.grids.half_log_snr(PROCESS, 4)
 
 
 def by_hand(zeta, x, noise):
     """Algorithm 1 of DPS, written out with jax.grad."""
     d, seen = prior(), measurement()
+
+    def error(x, levels):
+        x0 = d(x, *levels)
+        return jnp.sum(jnp.linalg.norm(seen.residual(x0), axis=1)), x0
+
+    value_and_gradient = jax.jit(jax.value_and_grad(error, has_aux=True))
     for i, z in zip(range(GRID.steps), noise):
-        (t, a, s), (_, a1, s1) = GRID.node(i), GRID.node(i + 1)
-
-        def error(x, levels=(t, a, s)):
-            x0 = d(x, *levels)
-            return jnp.sum(jnp.linalg.norm(seen.residual(x0), axis=1)), x0
-
-        (_, x0), gradient = jax.value_and_grad(error, has_aux=True)(x)
+        (_, a, s), (_, a1, s1) = GRID.node(i), GRID.node(i + 1)
+        (_, x0), gradient = value_and_gradient(x, GRID.node(i))
         share = 1 - (a * s1 / (a1 * s)) ** 2
         mean = a / a1 * (s1 / s) ** 2 * x + a1 * share * x0
         x = mean + s1 * np.sqrt(share) * z - zeta * gradient
@@ -175,11 +176,7 @@ def test_the_sampler_is_algorithm_1_of_dps(x64):
 
 
 def test_mcg_projects_dps_onto_the_noised_measurement(x64):
-    """Where it ends at sigma = 0 the measurement is met; outside A's range one step is DPS's."""
-    to_zero = jd.grids.half_log_snr(PROCESS, 6, end="zero")
-    d, tableau, control = inverse.mcg(prior(), to_zero, measurement(), 0.1)
-    got = jd.sample(d, tableau, jnp.asarray(X), key=KEY, control=control)
-    np.testing.assert_allclose(got @ A.T, np.broadcast_to(Y, (len(X), SEEN)), atol=1e-9)
+    """Within A's range a step ends at a y noised anew, outside it is DPS's."""
     one = jd.grids.from_arrays(GRID.t[2:4], GRID.alpha[2:4], GRID.sigma[2:4])
     d, tableau, control = inverse.mcg(prior(), one, measurement(), 0.1)
     x = jnp.asarray(np.repeat(X[:1], 1000, 0))
@@ -219,18 +216,18 @@ def test_the_correction_of_stsl_is_a_gradient(x64):
     x = jnp.repeat(jnp.asarray(X[:1]), 5_000, 0)
     exact = np.asarray(jax.jit(jax.grad(lambda x: hessian_trace(x).sum()))(x[:1]))[0]
     gradient, mean = dense_norm_gradient()
-    for weighting, factor in (("constant", 1.0), ("covariance", SIGMA**4 / ALPHA**2)):
-        d = inverse.stsl(prior(), measurement(), KEY, 0.2, 0.05, 1, 0.02, weighting)
-        x0, moved, correction = call(d, x)
-        np.testing.assert_allclose(x0[0], mean[0], atol=1e-10)
-        assert np.all(np.asarray(moved) == 0)
-        mine = (np.asarray(correction) + 0.2 * gradient[0]) / (-0.05 * factor)
-        error = mine.std(0) / np.sqrt(len(mine))
-        assert np.all(np.abs(mine.mean(0) - exact) < 4 * error + 0.01 * np.abs(exact))
-    twice = inverse.stsl(prior(), measurement(), KEY, 0.2, 0.05, 2, 0.02)
-    _, moved, _ = call(twice, x)
     once = inverse.stsl(prior(), measurement(), KEY, 0.2, 0.05, 1, 0.02)
-    np.testing.assert_allclose(moved, call(once, x)[2], atol=1e-12)
+    x0, moved, correction = call(once, x)
+    np.testing.assert_allclose(x0[0], mean[0], atol=1e-10)
+    assert np.all(np.asarray(moved) == 0)
+    trace = (np.asarray(correction) + 0.2 * gradient[0]) / -0.05
+    error = trace.std(0) / np.sqrt(len(trace))
+    assert np.all(np.abs(trace.mean(0) - exact) < 4 * error + 0.01 * np.abs(exact))
+    # The same probes, in the first refinement of two: x moved by it, here with the other weighting.
+    twice = inverse.stsl(prior(), measurement(), KEY, 0.2, 0.05, 2, 0.02, "covariance")
+    _, moved, _ = call(twice, x)
+    want = -0.2 * gradient[0] - 0.05 * SIGMA**4 / ALPHA**2 * trace
+    np.testing.assert_allclose(moved, want, atol=1e-10)
 
 
 def test_stsl_at_a_quarter_of_the_evaluations():
@@ -238,8 +235,8 @@ def test_stsl_at_a_quarter_of_the_evaluations():
     on 2 of 3 seeds; here within 5% of it on 2 of 3 (at most it on one), each at its best zeta.
 
     96 evaluations, 24 levels with two refinements of twice the batch, against 384. The exact claim does
-    not hold on mixtures, nor is the trace what helps: eta = 0 is as near, and so is DPS itself with 96
-    levels and a larger zeta (the paper compares with PSLD's 1,000 steps).
+    not hold on mixtures, nor is the trace what helps: eta = 0 is as near. (The paper compares with PSLD
+    at 1,000 steps.)
     """
     rng = np.random.default_rng(0)
     d = jd.gaussian_mixture(rng.normal(size=(4, 16)), np.full(4, 0.4), np.ones(4))
@@ -260,14 +257,13 @@ def test_stsl_at_a_quarter_of_the_evaluations():
         means = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(strengths), y)
         return np.linalg.norm(means - np.stack(exact), axis=-1) / np.linalg.norm(exact, axis=-1)
 
-    # The best of 0.3 and 1, of 1 and 2, of 2 and 3.
-    (dps,), (fewer,) = errors(inverse.dps_step, 384, [0.3]), errors(inverse.dps_step, 96, [1.0])
+    # The best zeta of 0.3, 1 and 2, and of 2 and 3.
+    (dps,) = errors(inverse.dps_step, 384, [0.3])
     first, second = errors(
         lambda d, m, eta: inverse.stsl(d, m, KEY, 2.0, eta, 2), 24, [0.0, 0.002], moves=True
     )
     assert np.sum(second <= 1.05 * dps) >= 2
     np.testing.assert_allclose(second, first, rtol=0.02)
-    assert fewer.mean() < 1.1 * second.mean()
 
 
 # --- cost -----------------------------------------------------------------------------------------

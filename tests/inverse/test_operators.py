@@ -29,6 +29,9 @@ def computed(name):
         y = jnp.asarray(rng.normal(size=(2, *operator.measured)))
         spectrum = operator.spectrum()
 
+        # One of those that iterate will do: their solves are one piece of code, long to compile.
+        skipped = name in ITERATED - {"reflected blur"}
+
         def everything(operator, spectrum, x, y):
             n, m = spectrum.right(x).shape[1], spectrum.left(y).shape[1]
             right = spectrum.right(jnp.eye(n).reshape(n, *operator.shape))
@@ -37,10 +40,11 @@ def computed(name):
                 "dense": operator.dense(), "A x": operator(x), "A^T y": operator.adjoint(y),
                 "V": right, "U": left,
                 "I": (spectrum.right_back(right), spectrum.left_back(left)),
-                "solve": operator.solve(y, RIDGES, rtol=1e-12),
-                "solve 1": operator.solve(y, 0.3, rtol=1e-12)[:1],
-                # One of those that iterate will do: LSMR takes long to compile.
-                "pinv": None if name in ITERATED - {"composed"} else operator.pinv(y),
+                **({} if skipped else {
+                    "solve": operator.solve(y, RIDGES, rtol=1e-12),
+                    "solve 1": operator.solve(y, 0.3, rtol=1e-12)[:1],
+                    "pinv": operator.pinv(y),
+                }),
             }  # fmt: skip
 
         found = jax.jit(everything)(operator, spectrum, x, y)
@@ -73,7 +77,7 @@ def test_the_spectrum_is_a_singular_value_decomposition(name):
     np.testing.assert_allclose(np.sort(values)[::-1], want, atol=1e-12)
 
 
-@over_all
+@pytest.mark.parametrize("name", sorted(CASES.keys() - ITERATED) + ["reflected blur"])
 def test_solve_and_pinv_against_dense_algebra(name):
     """Of data that no x explains exactly; a ridge for all, and one each."""
     _, _, y, found = computed(name)
@@ -82,10 +86,9 @@ def test_solve_and_pinv_against_dense_algebra(name):
         want = np.linalg.solve(dense @ dense.T + ridge * np.eye(len(dense)), row)
         np.testing.assert_allclose(got, want, atol=1e-9)
     np.testing.assert_allclose(found["solve 1"], found["solve"][:1], atol=1e-9)
-    if found["pinv"] is not None:
-        want = flat(y) @ np.linalg.pinv(dense, rcond=1e-12).T
-        atol = 1e-5 if name in ITERATED else 1e-10
-        np.testing.assert_allclose(flat(found["pinv"]), want, atol=atol)
+    want = flat(y) @ np.linalg.pinv(dense, rcond=1e-12).T
+    atol = 1e-5 if name in ITERATED else 1e-10
+    np.testing.assert_allclose(flat(found["pinv"]), want, atol=atol)
 
 
 def test_convolution_is_scipys(x64):

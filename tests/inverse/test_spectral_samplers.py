@@ -23,7 +23,9 @@ Y = X0 @ A.T
 
 
 def network():
-    return jd.gaussian_mixture(DATA.means, DATA.std, DATA.weights, PROCESS, "eps", dtype=jnp.float64)
+    return jd.gaussian_mixture(
+        DATA.means, DATA.std, DATA.weights, PROCESS, "eps", dtype=jnp.float64
+    )
 
 
 def measured(noise_std):
@@ -182,7 +184,9 @@ def test_no_jacobian_and_one_evaluation():
     for denoiser, table, control in runs:
         assert denoiser.cost == 1
         calls.clear()
-        jax.eval_shape(lambda k, d=denoiser, t=table, c=control: jd.sample(d, t, x, k, control=c), key)
+        jax.eval_shape(
+            lambda k, d=denoiser, t=table, c=control: jd.sample(d, t, x, k, control=c), key
+        )
         assert len(calls) == plain > 0
 
 

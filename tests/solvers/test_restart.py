@@ -142,3 +142,12 @@ def test_bad_options_are_named():
         restart(grid.reversed())
     with pytest.raises(ValueError, match="lies outside the process's"):
         restart(jd.grids.half_log_snr(jd.processes.ddpm(), 8), [(0.3, 1e6)])
+
+
+def test_every_noise_of_a_stochastic_base_is_a_draw_of_its_own():
+    """The way up is drawn as one with the row before it; no other two rows share a normal."""
+    grid = jd.grids.half_log_snr(VP, 5, t_max=0.9)
+    table = restart(grid, [Interval(0.3, 1.0, 2)], base=functools.partial(jd.solvers.ddim, eta=1.0))
+    noisy = np.flatnonzero(table.C[:, 0])
+    assert len(noisy) == table.rows == 7
+    np.testing.assert_array_equal(table.draw, np.arange(7))

@@ -58,8 +58,9 @@ def run(
     return x[:, 0], log_weights, state.aux
 
 
-def plain(mixtures, exponents, count=4_000):
-    x, log_weights, _ = run(mixtures, exponents, count=count, threshold=0.0)
+def plain(mixtures, exponents):
+    grid = jd.grids.karras(VE, 150)
+    x, log_weights, _ = run(mixtures, exponents, grid=grid, count=3_000, threshold=0.0)
     return x, 0.0 * log_weights
 
 
@@ -77,9 +78,10 @@ def test_guidance():
     for scale, wrong in ((2.0, 0.04), (4.0, 0.1)):
         exponents = [1.0 - scale, scale]
         cdf = target_cdf([WHOLE, PART], exponents)
-        x, log_weights, _ = run([WHOLE, PART], exponents)
+        x, log_weights, aux = run([WHOLE, PART], exponents, threshold=0.1)
         assert ks(x, log_weights, cdf) < 0.03
-        assert ks(*plain([WHOLE, PART], exponents), cdf) > wrong
+        assert int(aux.resamplings[0]) == 0  # so that without weights x is the plain sampler's
+        assert ks(x, 0.0 * log_weights, cdf) > wrong
 
 
 def test_no_power_has_constant_weights():
@@ -93,13 +95,13 @@ def test_no_power_has_constant_weights():
 def test_a_product_by_birth_and_death():
     """The jump process: weights stay equal, and the product is closer than without it."""
     cdf = target_cdf([WHOLE, PART], [1.0, 1.0])
-    grid = jd.grids.karras(VE, 300)
+    grid = jd.grids.karras(VE, 200)
     x, log_weights, aux = run(
-        [WHOLE, PART], [1.0, 1.0], count=6_000, grid=grid, scheme="birth_death"
+        [WHOLE, PART], [1.0, 1.0], count=5_000, grid=grid, scheme="birth_death"
     )
-    assert np.all(log_weights == 0) and len(np.unique(aux.ancestor)) < 3_000
+    assert np.all(log_weights == 0) and len(np.unique(aux.ancestor)) < 2_500
     assert ks(x, log_weights, cdf) < 0.035
-    assert ks(*plain([WHOLE, PART], [1.0, 1.0]), cdf) > 0.05
+    assert ks(*plain([WHOLE, PART], [1.0, 1.0]), cdf) > 0.045
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,10 @@ def test_the_densities_are_followed(either):
 
 def test_bias_and_temperature_of_or():
     """l = log 9 and 0: nine tenths of the first model; T = 0: the same shares, whatever the density."""
-    x, *_ = run("or", bias=np.log([9.0, 1.0]))
+    grid = jd.grids.half_log_snr(PROCESS, 200, t_min=1e-3)
+    x, *_ = run("or", grid, NOISE[:200], bias=np.log([9.0, 1.0]))
     np.testing.assert_allclose(shares(x), [0.45, 0.5, 0.05], atol=0.04)
-    *_, aux = run("or", bias=np.log([3.0, 1.0]), temperature=0.0)
+    *_, aux = run("or", grid, NOISE[:200], bias=np.log([3.0, 1.0]), temperature=0.0)
     np.testing.assert_allclose(aux.shares[:, 0], [0.75, 0.25], rtol=1e-5)
 
 
