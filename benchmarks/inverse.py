@@ -1,11 +1,11 @@
 """Inverse problems: every posterior sampler against the exact posterior of a mixture.
 
-    python benchmarks/inverse.py        # 15 minutes of two cores; writes results/inverse.json and .png
+    python benchmarks/inverse.py        # minutes; writes results/inverse.json and .png
     python benchmarks/inverse.py DDRM   # only these methods anew, the others from the stored results
 
 The prior is a mixture of five Gaussians in 12 dimensions, the denoiser exact. Two operators measure 6
 numbers of it: half of the entries (inpainting), or a random matrix; noise of standard deviation 0.05
-or 0.3 (the data's is 1). The posterior is a mixture too, known exactly. Of 512 samples for each of
+or 0.3 (the data's is about 1). The posterior is a mixture too, known exactly. Of 512 samples for each of
 four measurements: the error of the mean (of its norm), of the covariance (of its Frobenius norm), and
 the sliced Wasserstein distance to 4,096 exact samples. Methods with a strength have the best of five,
 by that distance. All start from the same noise, on the same kind of grid: half-log-SNR's on vp_linear,

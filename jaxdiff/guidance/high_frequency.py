@@ -36,7 +36,7 @@ def luminance(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w"]:
     if jnp.ndim(x) != 4 or x.shape[-1] not in (1, 3):
         raise ValueError(f"images must be [batch, h, w, 1 or 3], got shape {jnp.shape(x)}")
     grey = (x + 1) / 2
-    return grey[..., 0] if x.shape[-1] == 1 else grey @ jnp.asarray(_LUMA, grey.dtype)
+    return grey[..., 0] if x.shape[-1] == 1 else grey @ np.asarray(_LUMA, grey.dtype)
 
 
 def high_pass(x: Float[Array, "batch h w c"], cutoff: float) -> Float[Array, "batch h w"]:

@@ -92,9 +92,7 @@ def test_turns_are_those_of_a_loop(x64):
         chosen = np.where(value[:, 0] < value[:, 1], 0, 1)
         x = a1 * x0 + s1 * (x - a * x0) / s
     net = jd.Denoiser(towards, "x0")
-    blended = guidance.black_scholes(
-        net, concepts, first_coordinates, None, PROCESS, 6
-    )
+    blended = guidance.black_scholes(net, concepts, first_coordinates, None, PROCESS, 6)
     assert blended.cost == 1 and len({tuple(c) for c in seen}) > 1
     tableau = jd.solvers.ddim(grid)
     state = jd.sample(blended, tableau, jnp.asarray(start), save="state")

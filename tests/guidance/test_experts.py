@@ -65,8 +65,8 @@ def single(variables, logits, samples, teacher, key):
 def test_experts_guide_where_the_clean_classifier_does_not():
     """PPAP's "works when": five experts, each of less than 10% of the classifier's weights and without
     labels, guide as well as one classifier tuned whole with as many updates, and 20 points better than
-    the clean one; at the published scale, 7.5. Measured 0.97, 0.93 and 0.77; the class accuracy of 100
-    samples has an error of some points, so the test asks for 2 and 5 less.
+    the clean one; at the published scale, 7.5. Measured 0.94, 0.93 and 0.68; the class accuracy of 100
+    samples has an error of points, so "as well as" is within 2.
     """
     train, variables = jd.data.digits("train"), clean_cnn.variables()
     net = exact_digits.denoiser(train.x[:200], train.label[:200])
@@ -96,7 +96,7 @@ def test_experts_guide_where_the_clean_classifier_does_not():
     found = accuracy(*experts), accuracy(on_noisy, tuned.value), accuracy(on_noisy, variables)
     print("experts, one tuned, clean:", found)
     assert last < 0.6 * first
-    assert found[0] >= found[1] - 0.02 and found[0] >= found[2] + 0.15
+    assert found[0] >= found[1] - 0.02 and found[0] >= found[2] + 0.2
 
 
 def on_noisy(variables, x, levels):

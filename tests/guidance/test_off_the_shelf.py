@@ -141,7 +141,9 @@ def test_a_clean_classifier_guides_digits():
         return np.concatenate([np.asarray(x).reshape(len(x), -1), 4 * np.eye(10)[label]], 1)
 
     def figures(denoiser, control=None):
-        y = np.clip(jd.sample(denoiser, tableau, x_T, key=jax.random.key(1), control=control), -1, 1)
+        y = np.clip(
+            jd.sample(denoiser, tableau, x_T, key=jax.random.key(1), control=control), -1, 1
+        )
         accuracy = jd.metrics.conditional_accuracy(jd.metrics.digit_classifier(), y, label)
         kernel = jd.metrics.rbf(3.0)
         return accuracy, jd.metrics.mmd(pairs(y, label), pairs(images, of_images), kernel)
