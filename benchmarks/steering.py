@@ -52,9 +52,10 @@ def variation(x, log_weights, particles, truth):
     return 0.5 * float(np.abs(found - truth).sum() + abs((1 - found.sum()) - (1 - truth.sum())))
 
 
-def corrected(models, exponents, particles, **options):
+def corrected(models, exponents, particles, tau=1.0, **options):
     composed = product(models, exponents, keep_parts=True)
-    table, control = corrector(composed, GRID, TABLE, particles, **options)
+    sampler = jd.solvers.euler_maruyama(GRID, tau)
+    table, control = corrector(composed, GRID, sampler, particles, **options)
     x_T = start(composed, PROCESS, KEYS[0], (TOTAL, 1))
     return sampled(composed, table, x_T, control)
 
@@ -91,7 +92,7 @@ def main():
         truth = masses(log_p)
         methods = {
             "resampling": {}, "importance weights": {"threshold": 0.0},
-            "birth and death": {"scheme": "birth_death"},
+            "birth and death": {"scheme": "birth_death"}, "resampling, tau = 3": {"tau": 3.0},
         }  # fmt: skip
         figures[name] = {
             method: [

@@ -70,8 +70,33 @@ def test_the_example_of_guidance_runs():
         "jd": jd, "denoiser": denoiser, "labels": jnp.array([1, 2]), "x_T": jnp.zeros((2, 2)),
         "tableau": jd.solvers.ddim(jd.grids.half_log_snr(jd.processes.vp_linear(), 1)),
     }  # fmt: skip
-    exec(python_blocks()[-2], names)
+    exec(python_blocks()[-3], names)
     assert names["x_0"].shape == (2, 2)
+
+
+def test_the_example_without_retraining_runs():
+    """The product of N(+-1, 0.5^2) is N(0, 0.5^2 / 2); the mean of both coordinates is measured."""
+    process = jd.processes.vp_linear()
+    one, other = (
+        jd.gaussian_mixture([[m, m]], [0.5], [1.0], process) for m in (1.0, -1.0)
+    )  # fmt: skip
+    grid = jd.grids.half_log_snr(process, 200, t_max=0.9)
+    names = {
+        "jd": jd, "denoiser": one, "other": other, "process": process, "grid": grid,
+        "key": jax.random.key(0), "x_T": process.prior(jax.random.key(1), (2048, 2)),
+        "tableau": jd.solvers.ddpm(grid),
+    }  # fmt: skip
+    exec(python_blocks()[-2], names)
+    x, log_weights = np.asarray(names["x_0"]), np.asarray(names["log_weights"]).reshape(-1, 64)
+    weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
+    weights = (weights / weights.sum(1, keepdims=True)).reshape(-1, 1)
+    spread = np.sqrt(np.sum(weights * x**2) / weights.sum() / 2)
+    assert abs(spread - 0.5 / np.sqrt(2)) < 0.03  # 0.30 without the weights
+    gain = 0.125 / (0.125 + 0.01)
+    expected = 1.0 + gain * (0.3 - 1.0)
+    along = np.asarray(names["restored"]).mean(1)
+    assert abs(along.mean() - expected) < 0.02
+    assert abs(along.std() - np.sqrt(0.125 * (1 - gain))) < 0.02
 
 
 def test_the_example_of_both_directions_runs():
