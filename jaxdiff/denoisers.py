@@ -35,7 +35,8 @@ class Denoiser:
         scalar t of the row. Returns the prediction, with x's structure and shapes. Use one
         module-level function (or a hashable object): a fresh closure recompiles. An object may
         have a method `check(params, batch, cond, alpha)`, which `sample` calls before anything is
-        traced, alpha being that of every row: raise there what the call could only turn to NaN.
+        traced, alpha being that of every row: raise there what the call could only turn to NaN. Or
+        `check_at(params, batch, cond, alpha, t)`, if it matters at which t; t may be None.
       prediction: one of `jaxdiff.predictions.PREDICTIONS`; or a tuple of them, and then fn returns
         a tuple of predictions (for samplers that use, say, a clipped x0 and the unclipped eps).
       params: pytree passed first to fn.
@@ -76,9 +77,11 @@ class Denoiser:
             return self.fn(*args), memory
         return self.fn(*args, memory=memory)
 
-    def check(self, batch: int, cond: Any, alpha: ArrayLike) -> None:
-        """Raise what `fn.check` raises for this call, if it has one."""
-        if hasattr(self.fn, "check"):
+    def check(self, batch: int, cond: Any, alpha: ArrayLike, t: ArrayLike | None = None) -> None:
+        """Raise what `fn.check_at` or `fn.check` raises for this call, if it has one."""
+        if hasattr(self.fn, "check_at"):
+            self.fn.check_at(self.params, batch, cond, alpha, t)
+        elif hasattr(self.fn, "check"):
             self.fn.check(self.params, batch, cond, alpha)
 
     def __call__(
@@ -111,6 +114,26 @@ def check_single(denoiser: Any, what: str) -> None:
         raise ValueError(f"{what} takes one prediction, got {denoiser.prediction}")
 
 
+def check_known(
+    sources: str | tuple[str, ...], targets: str | tuple[str, ...], alpha: ArrayLike, what: str
+) -> None:
+    """Raise ValueError where `sources` say nothing of `targets`: eps or score where alpha = 0.
+
+    Names of predictions; `alpha` that of the rows. Nothing is said of a traced one.
+    """
+    sources, targets = ((p,) if isinstance(p, str) else p for p in (sources, targets))
+    blind = [p for p in sources if p in ("eps", "score")]
+    unknown = [p for p in targets if p not in ("eps", "score")]
+    if len(blind) < len(sources) or not unknown or not is_concrete(alpha):
+        return
+    if np.any(np.asarray(alpha) == 0):
+        raise ValueError(
+            f"{what}: the grid evaluates where alpha = 0, and there a {blind[0]!r} network does not "
+            f"determine {unknown[0]!r}: use a network that predicts v, x0 or flow, or start the grid "
+            "at less noise"
+        )
+
+
 def wrap(
     fn: Callable, denoiser: Denoiser, strengths: Any, prediction: str | tuple[str, ...],
     cost: int | None = None,
@@ -120,10 +143,11 @@ def wrap(
     `evaluate(x, t, alpha, sigma, cond)` calls the inner denoiser and keeps its memory. `strengths`
     are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level
     function, or an object; one that changes cond has a method `check(check, strengths, cond)` that
-    calls `check` with every cond it evaluates (see `Denoiser`).
+    calls `check` with every cond it evaluates (see `Denoiser`). Sampling raises
+    ValueError where the inner denoiser leaves `prediction` unknown (`check_known`).
     """
     return Denoiser(
-        fn=_Wrapped(fn),
+        fn=_Wrapped(fn, (prediction,) if isinstance(prediction, str) else tuple(prediction)),
         prediction=prediction,
         params=(denoiser, strengths),
         time=level,
@@ -135,6 +159,7 @@ def wrap(
 @dataclasses.dataclass(frozen=True)
 class _Wrapped:
     fn: Callable
+    targets: tuple[str, ...]
 
     def __call__(self, params, x, levels, cond=None, memory=None):
         inner, strengths = params
@@ -147,11 +172,12 @@ class _Wrapped:
         out = self.fn(evaluate, strengths, x, levels, cond)
         return out if inner.memory is None else (out, cell[0])
 
-    def check(self, params, batch, cond, alpha):
+    def check_at(self, params, batch, cond, alpha, t):
         inner, strengths = params
+        check_known(inner.prediction, self.targets, alpha, "a denoiser around another")
 
         def check(cond):
-            inner.check(batch, cond, alpha)
+            inner.check(batch, cond, alpha, t)
 
         if hasattr(self.fn, "check"):
             self.fn.check(check, strengths, cond)

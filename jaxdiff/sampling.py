@@ -47,13 +47,15 @@ def sample(
 
     Returns x_0 with x_T's structure, or what `save` says. Raises, before tracing: TypeError or
     ValueError for wrong types, an unknown save, a missing key, noise of another shape, an adjoint
-    that does not apply, or a network whose prediction says nothing at the grid's noise end;
+    that does not apply, a control built for another prediction, or a network whose prediction says
+    nothing at the grid's noise end;
     ValueError, on the first trace, for an output whose shape is not the state's.
     """
     x_T, noise, cond, state, denoiser = (
         as_arrays(tree) for tree in (x_T, noise, cond, state, denoiser)
     )
     check_call(denoiser, tableau, x_T, key, noise, cond, save, adjoint, state)
+    _check_control(control, denoiser)
     if state is None:
         x_T = jax.tree.map(_at_least_float32, x_T)
     if adjoint is None:
@@ -118,7 +120,7 @@ def check_call(denoiser, tableau, x, key, noise, cond, save, adjoint, state) -> 
         )
     _check_noise(tableau, x if state is None else state.registers[0], key, noise)
     _check_reachable(denoiser, tableau)
-    denoiser.check(leaves[0].shape[0], cond, tableau.alpha)
+    denoiser.check(leaves[0].shape[0], cond, tableau.alpha, tableau.t)
 
 
 def _check_noise(tableau, x, key, noise) -> None:
@@ -138,6 +140,21 @@ def _check_noise(tableau, x, key, noise) -> None:
         for n, a in zip(jax.tree.leaves(noise), jax.tree.leaves(x)):
             if n.shape != (draws, *a.shape):
                 raise ValueError(f"noise must have shape {want}, got {n.shape}")
+
+
+def _check_control(control: Any, denoiser: Denoiser) -> None:
+    """A control reads the network's output as the prediction of the denoiser it was built for."""
+    known = getattr(control, "denoiser", None)
+    if isinstance(known, Denoiser):
+        read, fits = known.prediction, known.predictions == denoiser.predictions
+    else:
+        read = getattr(control, "prediction", None)
+        fits = read is None or read in denoiser.predictions
+    if not fits:
+        raise ValueError(
+            f"{type(control).__name__} was built for a denoiser that predicts {read!r}, and the one to "
+            f"sample predicts {denoiser.prediction!r}: build it with the denoiser that is sampled"
+        )
 
 
 def _check_reachable(denoiser: Denoiser, tableau: Tableau) -> None:

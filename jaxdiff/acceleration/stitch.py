@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import is_concrete, to_batch
-from jaxdiff.denoisers import Denoiser, check_single, level
+from jaxdiff.denoisers import Denoiser, check_known, check_single, level
 from jaxdiff.predictions import convert
 from jaxdiff.solvers.tableau import Tableau
 
@@ -53,8 +53,8 @@ def stitch(
     Its `cost` is that of the most expensive part; `average_cost` has the mean over a sampler's
     evaluations. Raises TypeError or ValueError for anything but denoisers of one prediction each,
     another number of switches, switches out of order, an unknown clock; and, when sampling, for
-    another number of conditions, or for a first denoiser of eps or score that the grid evaluates at
-    alpha = 0, if the last predicts something else.
+    another number of conditions, or for a denoiser of eps or score that the grid evaluates at alpha =
+    0, if the last predicts something else.
     """
     denoisers = tuple(denoisers)
     if not denoisers:
@@ -157,7 +157,8 @@ class _Stitched:
         if self.clock == "t":
             after = jnp.asarray(t)[..., None] < switches
         else:
-            after = (jnp.log(alpha) - jnp.log(sigma))[..., None] > switches
+            now = (jnp.log(alpha) - jnp.log(sigma))[..., None]
+            after = (now > switches) | (switches == -jnp.inf)  # left out at alpha = 0 too
         return jnp.sum(after, -1, dtype=jnp.int32)
 
     def __call__(self, params, x, levels, cond=None, memory=None):
@@ -188,24 +189,33 @@ class _Stitched:
             out, kept = _choose(branches, place, x, memory)
         return out if memory is None else (out, kept)
 
-    def check(self, params, batch, cond, alpha):
+    def check_at(self, params, batch, cond, alpha, t):
         denoisers, switches = params
         if self.each_cond and (not isinstance(cond, (tuple, list)) or len(cond) != len(denoisers)):
             raise ValueError(
                 f"each_cond=True: cond must be {len(denoisers)} conditions, got {cond!r}"
             )
+        target, noisy = self.predictions[-1], self._noisiest(switches, alpha, t)
         for i, denoiser in enumerate(denoisers):
-            denoiser.check(batch, cond[i] if self.each_cond else cond, alpha)
-        if not is_concrete(alpha, switches) or not np.any(np.asarray(alpha) == 0):
-            return
-        everything = np.inf if self.clock == "t" else -np.inf
-        first = next(i for i, s in enumerate([*np.asarray(switches), 0.0]) if s != everything)
-        name, target = self.predictions[first], self.predictions[-1]
-        if name in ("eps", "score") and target not in ("eps", "score"):
-            raise ValueError(
-                f"the grid evaluates where alpha = 0, and there a {name!r} network does not determine "
-                f"{target!r}: start the grid at less noise, or stitch networks of one prediction"
-            )
+            own, at = alpha, t
+            if i not in noisy and is_concrete(alpha):  # the rows from alpha = 0 are not this one's
+                some = np.asarray(alpha) != 0
+                own = np.asarray(alpha)[some]
+                at = None if t is None else t[some]
+            check_known(denoiser.prediction, target, own, f"stitch, denoiser {i}")
+            denoiser.check(batch, cond[i] if self.each_cond else cond, own, at)
+
+    def _noisiest(self, switches, alpha, t) -> set[int]:
+        """The denoisers that the rows of alpha = 0 evaluate, as far as the host knows them."""
+        if not is_concrete(switches, alpha, t) or not np.any(np.asarray(alpha) == 0):
+            return set()
+        switches = np.asarray(switches)
+        if self.clock != "t":
+            return {int(np.sum(switches == -np.inf))}
+        if t is None:
+            return {int(np.sum(switches == np.inf))}
+        at = np.asarray(t, switches.dtype)[np.asarray(alpha) == 0]
+        return set(np.sum(at[:, None] < switches, -1).tolist())
 
 
 def _choose(branches: Sequence[Any], place: Array, x: Any, memory: Any) -> tuple[Any, Any]:

@@ -21,13 +21,14 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.editing.edit_friendly import as_data
-from jaxdiff.grids import Grid, from_arrays
+from jaxdiff.grids import Grid
 from jaxdiff.integrator import Control, RowInfo
-from jaxdiff.inverse.strengths import check_count
 from jaxdiff.sampling import sample
+from jaxdiff.solvers.clocks import check_order
 from jaxdiff.solvers.combine import concatenate
 from jaxdiff.solvers.first_order import ddim
 from jaxdiff.solvers.tableau import Start, Tableau
+from jaxdiff.solvers.travel import part
 
 
 def cyclic_sde(
@@ -49,13 +50,13 @@ def cyclic_sde(
     sigma > 0, are t_2 and t_1.
     """
     top, bottom = _nodes(grid, low, high)
-    check_count("cycles", cycles, least=0)
+    check_order(cycles, None, "cycles", 0)
     (_, a1, s1), (_, a2, s2) = grid.node(bottom), grid.node(top)
     up = Start(np.array([a2 / a1]), np.array([np.sqrt(s2**2 - (s1 * a2 / a1) ** 2)]))
-    down = ddim(_part(grid, top, bottom), eta)
+    down = ddim(part(grid, top, bottom), eta)
     # The start's noise is draw 0.
     cycle = dataclasses.replace(down, start=up, draw=down.draw + np.int32(eta > 0))
-    return concatenate([cycle] * cycles + [ddim(_part(grid, bottom, grid.steps), final_eta)])
+    return concatenate([cycle] * cycles + [ddim(part(grid, bottom, grid.steps), final_eta)])
 
 
 def cyclic_one_way(
@@ -101,7 +102,7 @@ def cyclic_one_way(
             f"a mask of shape {mask.shape} and a background of shape {np.shape(background)} do not fit "
             f"a condition of shape {condition.shape}"
         )
-    back = ddim(_part(grid, top, grid.steps).reversed())
+    back = ddim(part(grid, top, grid.steps).reversed())
     states = sample(denoiser, back, seed, cond=cond, save="nodes")[::-1]
     nodes = np.tile(np.arange(top, bottom), cycles)
     nodes = np.concatenate([nodes, np.arange(bottom, grid.steps)])
@@ -147,9 +148,3 @@ def _nodes(grid: Grid, low: float, high: float) -> tuple[int, int]:
             f"t from {grid.t[0]:.4g} to {grid.t[-1]:.4g} in {grid.steps} steps"
         )
     return top, bottom
-
-
-def _part(grid: Grid, first: int, last: int) -> Grid:
-    """The steps from node `first` to node `last`."""
-    nodes = slice(first, last + 1)
-    return from_arrays(grid.t[nodes], grid.alpha[nodes], grid.sigma[nodes])

@@ -22,7 +22,6 @@ from jaxdiff.guidance.composition import compose as compose
 from jaxdiff.guidance.composition import product as product
 from jaxdiff.guidance.energy import backward_guidance as backward_guidance
 from jaxdiff.guidance.energy import energy_guidance as energy_guidance
-from jaxdiff.guidance.energy import time_travel as time_travel
 from jaxdiff.guidance.high_frequency import high_frequency_guidance as high_frequency_guidance
 from jaxdiff.guidance.high_frequency import high_frequency_loss as high_frequency_loss
 from jaxdiff.guidance.invariant import group_losses as group_losses

@@ -6,7 +6,9 @@ noise align; from the evaluation after the one whose
 
     gamma = cos(eps_cond, eps_uncond)
 
-reaches a threshold, the conditional network runs alone.
+rises to a threshold, the conditional network runs alone. Rises from below it, in an evaluation before:
+where all is noise both predict it, and gamma is near 1 (exactly 1 at alpha = 0 if the network predicts
+v, x0 or flow) before the condition has said anything.
 """
 
 from __future__ import annotations
@@ -41,22 +43,23 @@ class Adaptive(NamedTuple):
     """The memory of `adaptive_guidance`; `sample(..., save="state").memory` is the last.
 
     `inner`: the network's own; `calls` so far; `evaluations` of the network by them, 2 or 1 each (times
-    its cost); `crossed`: whether guidance has ended, of all or of each sample; `guided`: calls in which
-    it had not, of all or of each sample.
+    its cost); `below`: whether gamma has been below the threshold; `crossed`: whether it has risen to it
+    since, and guidance ended; `guided`: calls in which it had not; of all or of each sample.
     """
 
     inner: Any
     calls: Int[Array, ""]
     evaluations: Int[Array, ""]
+    below: Bool[Array, "*batch"]
     crossed: Bool[Array, "*batch"]
     guided: Int[Array, "*batch"]
 
 
 def adaptive_guidance(
     denoiser: Denoiser, scale: Scale, null_cond: Any, threshold: ArrayLike = 0.991,
-    calls: ArrayLike = 0, batch: int | None = None,
+    calls: ArrayLike | None = None, batch: int | None = None,
 ) -> Denoiser:  # fmt: skip
-    """uncond + s (cond - uncond) until gamma reaches a threshold, then cond alone.
+    """uncond + s (cond - uncond) until gamma rises to a threshold, then cond alone.
 
     See this module. Sample with save="state" to read how many evaluations there were:
 
@@ -68,8 +71,10 @@ def adaptive_guidance(
 
     Arguments:
       scale, null_cond: as for `classifier_free`.
-      threshold: of gamma, in [-1, 1]. In few dimensions gamma is near 1 at the noise end as well.
-      calls: the first calls always guide, whatever gamma; guard against that with a few.
+      threshold: of gamma, in [-1, 1]; the paper's is 0.991. One that gamma is never below keeps
+        guidance to the end; look at gamma by `record_guidance`.
+      calls: None, or a number: as many calls guide whatever gamma, and after them gamma need not have
+        been below the threshold. 0 is the rule as published, for networks whose gamma only rises.
       batch: number of samples, for a flag each: one that has crossed goes on under cond alone while
         others are guided. None for one flag, which the smallest gamma of a batch sets.
 
@@ -79,17 +84,17 @@ def adaptive_guidance(
     check_conditional(denoiser, "adaptive guidance")
     if is_concrete(threshold) and not np.all(np.abs(np.asarray(threshold)) <= 1):
         raise ValueError(f"threshold is of a cosine, in [-1, 1], got {threshold!r}")
-    if is_concrete(calls) and not np.all(np.asarray(calls) >= 0):
+    if calls is not None and is_concrete(calls) and not np.all(np.asarray(calls) >= 0):
         raise ValueError(f"calls must be at least 0, got {calls!r}")
     if batch is not None and (isinstance(batch, bool) or int(batch) != batch or batch < 1):
         raise ValueError(f"batch must be a number of samples, or None, got {batch!r}")
     shape = () if batch is None else (int(batch),)
     zero = jnp.zeros((), jnp.int32)
-    memory = Adaptive(
-        denoiser.memory, zero, zero, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
-    )
+    off = jnp.zeros(shape, bool)
+    memory = Adaptive(denoiser.memory, zero, zero, off, off, jnp.zeros(shape, jnp.int32))
     null = jax.tree.map(jnp.asarray, null_cond)
-    guard = jnp.asarray(threshold, jnp.result_type(float)), jnp.asarray(calls, jnp.int32)
+    first = None if calls is None else jnp.asarray(calls, jnp.int32)
+    guard = jnp.asarray(threshold, jnp.result_type(float)), first
     params = (denoiser, (as_scale(scale, "guidance"), null, guard))
     fn = _Adaptive(denoiser.prediction, batch)
     return Denoiser(fn, denoiser.prediction, params, level, memory, 2 * denoiser.cost)
@@ -126,11 +131,12 @@ class _Adaptive:
         out, gamma, inner = jax.lax.cond(done, alone, both, memory.inner)
         if self.batch is None:
             gamma = jnp.min(gamma)
-        reached = (gamma >= threshold) & (memory.calls >= calls)
+        below = memory.below | (gamma < threshold)
+        reached = (gamma >= threshold) & (below if calls is None else memory.calls >= calls)
         ran = jnp.where(done, 1, 2) * denoiser.cost
         return out, Adaptive(
-            inner, memory.calls + 1, memory.evaluations + ran.astype(jnp.int32), crossed | reached,
-            memory.guided + jnp.where(crossed, 0, 1).astype(jnp.int32),
+            inner, memory.calls + 1, memory.evaluations + ran.astype(jnp.int32), below,
+            crossed | reached, memory.guided + jnp.where(crossed, 0, 1).astype(jnp.int32),
         )  # fmt: skip
 
     def check(self, params, batch, cond, alpha):

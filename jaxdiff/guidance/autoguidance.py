@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from jaxdiff.arrays import is_concrete
-from jaxdiff.denoisers import Denoiser, check_single, level
+from jaxdiff.denoisers import Denoiser, check_known, check_single, level
 from jaxdiff.guidance.together import Scale, as_scale, at_level, extrapolated, wide
 from jaxdiff.predictions import convert
 
@@ -70,9 +67,5 @@ class _Auto:
     def check(self, params, batch, cond, alpha):
         for model, given in zip(params[0], self._conds(cond)):
             model.check(batch, given, alpha)
-        good, bad = (p in ("eps", "score") for p in self.predictions)
-        if bad and not good and is_concrete(alpha) and np.any(np.asarray(alpha) == 0):
-            raise ValueError(
-                f"the grid evaluates where alpha = 0, and there a bad model of {self.predictions[1]!r} "
-                f"does not determine {self.predictions[0]!r}: start the grid at less noise"
-            )
+        good, bad = self.predictions
+        check_known(bad, good, alpha, "autoguidance, the bad model")

@@ -13,30 +13,26 @@ one product with the transposed Jacobian of the network, which is called once. T
 
 Bansal, Chu, Schwarzschild, Sengupta, Goldblum, Geiping & Goldstein, "Universal Guidance for Diffusion
 Models" (2023); Yu, Wang, Zhao, Ghanem & Zhang, "FreeDoM: Training-Free Energy-Guided Conditional
-Diffusion Model" (2023). Both repeat steps with new noise: `time_travel` is a tableau that does.
+Diffusion Model" (2023). Both repeat steps with new noise: `jaxdiff.solvers.time_travel` is a
+tableau that does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import as_arrays
 from jaxdiff.denoisers import Denoiser, check_single, wrap
-from jaxdiff.grids import Grid
 from jaxdiff.guidance.classifier import add_to_score
 from jaxdiff.predictions import convert
 from jaxdiff.solvers.clocks import check_choice, check_order
-from jaxdiff.solvers.combine import concatenate
-from jaxdiff.solvers.first_order import ddpm
-from jaxdiff.solvers.tableau import Start, Tableau
 
 Energy = Callable[[Any, Array], Float[Array, " batch"]]
 SIZES = ("score", "x0", "relative")
@@ -167,76 +163,3 @@ class _Backward:
             return (optax.apply_updates(x0, change), state), None
 
         return jax.lax.scan(descend, (x0, self.optimizer.init(x0)), None, length=self.steps)[0][0]
-
-
-def time_travel(
-    grid: Grid, repeats: int | Sequence[int], length: int = 1,
-    base: Callable[[Grid], Tableau] = ddpm,
-) -> Tableau:  # fmt: skip
-    """`base`, with every `length` steps taken `repeats` times: after each but the last up by noise.
-
-        x_t = (alpha / alpha') x_t' + sqrt(sigma^2 - (alpha sigma' / alpha')^2) z
-
-    from the end of the block (alpha', sigma') to its start (alpha, sigma), a step of the forward
-    process: FreeDoM's time travel and universal guidance's self-recurrence (length 1), and the
-    resampling of Lugmayr et al., "RePaint" (2022), whose jumps are `length` steps. (`restart` goes back
-    over one interval of noise levels.) Evaluations: the sum of the blocks' times their repeats. A
-    multistep `base` starts anew in every block; a block's last noise and that of the way up are drawn
-    as one.
-
-    Arguments:
-      repeats: of every block, or one number a block, at least 1; FreeDoM repeats the middle ones
-        alone. The blocks count from the noise end, the last may be shorter. A block that ends at
-        sigma = 0 or starts at alpha = 0 is taken once where `repeats` is one number.
-      length: of a block in steps, at least 1.
-      base: a builder, called on pieces of the grid.
-
-    Raises ValueError for counts that do not fit, a block that cannot repeat, or a grid from data to
-    noise.
-    """
-    if grid.backward:
-        raise ValueError("time_travel runs from noise to data")
-    check_order(length, grid.steps, "length")
-    blocks = range(0, grid.steps, length)
-    able = [not (grid.ends[0] and i == 0) for i in blocks]
-    able[-1] = able[-1] and not grid.ends[1]
-    if np.ndim(repeats) == 0:
-        check_order(repeats, 10**6, "repeats")
-        repeats = [repeats if a else 1 for a in able]
-    if len(repeats) != len(able):
-        raise ValueError(
-            f"repeats must be a number or {len(able)}, one a block; got {len(repeats)}"
-        )
-    for i, (number, a) in enumerate(zip(repeats, able)):
-        check_order(number, 10**6, f"repeats[{i}]")
-        if number > 1 and not a:
-            raise ValueError(
-                f"block {i} starts at alpha = 0 or ends at sigma = 0 and cannot repeat"
-            )
-    pieces = []
-    for i, number in zip(blocks, repeats):
-        block = _steps(grid, i, min(i + length, grid.steps))
-        piece = base(block)
-        pieces += [piece, *[_again(piece, block)] * (number - 1)]
-    return concatenate(pieces)
-
-
-def _steps(grid: Grid, first: int, last: int) -> Grid:
-    keep = slice(first, last + 1)
-    ends = (grid.ends[0] and first == 0, grid.ends[1] and last == grid.steps)
-    nodes = {name: getattr(grid, name)[keep] for name in ("t", "alpha", "sigma")}
-    return dataclasses.replace(grid, **nodes, ends=ends)
-
-
-def _again(piece: Tableau, block: Grid) -> Tableau:
-    """A block's tableau, entered from its own end: first up by noise to its start."""
-    xp, start = block.xp, piece.start
-    (_, a, s), (_, a1, s1) = block.node(0), block.node(block.steps)
-    noise = xp.abs(start.S) * xp.sqrt(s**2 - (a * s1 / a1) ** 2)
-    draw = piece.draw
-    if start.C is not None:
-        noise = xp.hypot(noise, start.C)
-    elif piece.C is not None:
-        draw = draw + 1  # the start's noise is number 0
-    scaled = Start(start.S * a / a1, noise, start.d)
-    return dataclasses.replace(piece, start=scaled, draw=draw)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxdiff.arrays import as_arrays, is_concrete
-from jaxdiff.denoisers import Denoiser, level
+from jaxdiff.denoisers import Denoiser, check_known, level
 from jaxdiff.guidance.together import (
     Scale,
     as_scale,
@@ -55,7 +55,8 @@ def adaptive_projected(
         (`Projected`), so a sampler with one evaluation a step.
       like: x_T, or a `jax.ShapeDtypeStruct` of it, for the momentum.
 
-    Raises ValueError for numbers out of range, or a momentum without `like`.
+    Raises ValueError for numbers out of range, or a momentum without `like`; and, when sampling,
+    for an eps network on a grid from alpha = 0.
     """
     check_conditional(denoiser, "adaptive projected guidance")
     if is_concrete(eta) and not np.all((np.asarray(eta) >= 0) & (np.asarray(eta) <= 1)):
@@ -109,5 +110,6 @@ class _Projecting:
     def check(self, params, batch, cond, alpha):
         need_cond(cond, "adaptive projected guidance")
         denoiser, (_, null, _) = params
+        check_known(denoiser.prediction, "x0", alpha, "adaptive projected guidance")
         denoiser.check(batch, cond, alpha)
         denoiser.check(batch, null, alpha)

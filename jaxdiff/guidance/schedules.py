@@ -62,24 +62,26 @@ class Schedule:
 
 
 def linear(
-    start: ArrayLike, end: ArrayLike, over: tuple[ArrayLike, ArrayLike] = (1.0, 0.0),
+    start: ArrayLike, end: ArrayLike, over: tuple[ArrayLike, ArrayLike] | None = None,
     at_least: ArrayLike = -np.inf, clock: str = "t",
 ) -> Schedule:  # fmt: skip
     """start + (end - start) u: from `start` at noise to `end` at data.
 
     Arguments:
-      over: (noise, data), the clock's values between which it changes; by default time from 1 to 0.
-        For the whole of a process: (process.t_max, process.t_min).
+      over: (noise, data), the clock's values between which it changes: falling in t, rising in
+        half_log_snr. By default time from 1 to 0; half_log_snr has no default. For the whole of a
+        process: (process.t_max, process.t_min).
       at_least: a floor.
       clock: "t", or "half_log_snr".
 
-    Raises ValueError for numbers that are not finite, equal or infinite ends, or another clock.
+    Raises ValueError for numbers that are not finite, for ends that are missing, infinite, equal or in
+    the other order, or another clock.
     """
     return _schedule(_between, (start, end), over, at_least, clock)
 
 
 def cosine(
-    start: ArrayLike, end: ArrayLike, over: tuple[ArrayLike, ArrayLike] = (1.0, 0.0),
+    start: ArrayLike, end: ArrayLike, over: tuple[ArrayLike, ArrayLike] | None = None,
     at_least: ArrayLike = -np.inf, clock: str = "t",
 ) -> Schedule:  # fmt: skip
     """start + (end - start) (1 - cos(pi u)) / 2; arguments as for `linear`."""
@@ -88,7 +90,7 @@ def cosine(
 
 def power_cosine(
     start: ArrayLike, end: ArrayLike, exponent: ArrayLike = 4.0,
-    over: tuple[ArrayLike, ArrayLike] = (1.0, 0.0), at_least: ArrayLike = -np.inf, clock: str = "t",
+    over: tuple[ArrayLike, ArrayLike] | None = None, at_least: ArrayLike = -np.inf, clock: str = "t",
 ) -> Schedule:  # fmt: skip
     """start + (end - start) (1 - cos(pi u^p)) / 2, p = `exponent` > 0; the rest as for `linear`."""
     _check_positive(exponent=exponent)
@@ -97,7 +99,7 @@ def power_cosine(
 
 def power(
     start: ArrayLike, end: ArrayLike, exponent: ArrayLike = 2.0,
-    over: tuple[ArrayLike, ArrayLike] = (1.0, 0.0), at_least: ArrayLike = -np.inf, clock: str = "t",
+    over: tuple[ArrayLike, ArrayLike] | None = None, at_least: ArrayLike = -np.inf, clock: str = "t",
 ) -> Schedule:  # fmt: skip
     """start + (end - start) u^p, p = `exponent` > 0; the rest as for `linear`."""
     _check_positive(exponent=exponent)
@@ -106,7 +108,7 @@ def power(
 
 def beta(
     scale: ArrayLike, a: ArrayLike = 2.0, b: ArrayLike = 2.0,
-    over: tuple[ArrayLike, ArrayLike] = (1.0, 0.0), at_least: ArrayLike = -np.inf, clock: str = "t",
+    over: tuple[ArrayLike, ArrayLike] | None = None, at_least: ArrayLike = -np.inf, clock: str = "t",
 ) -> Schedule:  # fmt: skip
     """scale u^(a - 1) (1 - u)^(b - 1) / B(a, b), a and b at least 1; the rest as for `linear`."""
     if is_concrete(a, b) and not (np.all(np.asarray(a) >= 1) and np.all(np.asarray(b) >= 1)):
@@ -121,11 +123,18 @@ def _schedule(rule, numbers, over, at_least, clock) -> Schedule:
         raise ValueError(f"clock must be one of {CLOCKS}, got {clock!r}")
     if is_concrete(numbers) and not all(np.all(np.isfinite(n)) for n in numbers):
         raise ValueError(f"the numbers of a schedule must be finite, got {numbers}")
-    noise, data = over
-    if is_concrete(noise, data) and not (
-        np.isfinite(noise) and np.isfinite(data) and noise != data
-    ):
-        raise ValueError(f"over must be two different finite values (noise, data), got {over!r}")
+    if over is None and clock != "t":
+        raise ValueError("clock='half_log_snr' needs over=(noise, data), two half-log-SNRs")
+    noise, data = (1.0, 0.0) if over is None else over
+    if is_concrete(noise, data):
+        if not (np.all(np.isfinite(noise)) and np.all(np.isfinite(data))):
+            raise ValueError(f"over must be two finite values (noise, data), got {over!r}")
+        falling = np.asarray(noise) - np.asarray(data)
+        if not np.all(falling > 0 if clock == "t" else falling < 0):
+            order = "falls" if clock == "t" else "rises"
+            raise ValueError(
+                f"over must be (noise, data), and from noise to data {clock} {order}; got {over!r}"
+            )
     return Schedule(rule, *as_arrays((numbers, (noise, data), at_least)), clock)
 
 

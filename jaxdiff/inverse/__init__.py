@@ -31,11 +31,12 @@ from jaxdiff.inverse.imaging import box_down as box_down
 from jaxdiff.inverse.imaging import gaussian_kernel as gaussian_kernel
 from jaxdiff.inverse.imaging import motion_kernel as motion_kernel
 from jaxdiff.inverse.imaging import radon as radon
+from jaxdiff.inverse.joint import MixedMeasurement as MixedMeasurement
 from jaxdiff.inverse.joint import joint_dps as joint_dps
 from jaxdiff.inverse.joint import joint_pigdm as joint_pigdm
 from jaxdiff.inverse.joint import joint_prior as joint_prior
 from jaxdiff.inverse.joint import joint_projection as joint_projection
-from jaxdiff.inverse.joint import superposition as superposition
+from jaxdiff.inverse.joint import mixed_measurement as mixed_measurement
 from jaxdiff.inverse.mbir import SliceTV as SliceTV
 from jaxdiff.inverse.mbir import mbir as mbir
 from jaxdiff.inverse.mbir import total_variation as total_variation
@@ -57,6 +58,4 @@ from jaxdiff.inverse.residual import restore as restore
 from jaxdiff.inverse.second_order import hessian_trace as hessian_trace
 from jaxdiff.inverse.second_order import stsl as stsl
 from jaxdiff.inverse.spectra import Spectrum as Spectrum
-from jaxdiff.inverse.travel import time_travel as time_travel
-from jaxdiff.inverse.travel import visits as visits
 from jaxdiff.inverse.tweedie import corrected as corrected

@@ -27,9 +27,9 @@ from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser, check_single, level
 from jaxdiff.grids import Grid
 from jaxdiff.inverse.operators import LinearOperator, as_leaf, check_operator
-from jaxdiff.inverse.strengths import check_count, check_number
 from jaxdiff.inverse.tweedie import linearise, norms
 from jaxdiff.sampling import sample
+from jaxdiff.solvers.clocks import check_number, check_order
 from jaxdiff.solvers.tableau import Tableau
 
 CRITERIA = ("entropy", "variance")
@@ -42,7 +42,7 @@ def acquisition_times(
 
     Raises ValueError for a window outside [0, 1], or with fewer steps than acquisitions.
     """
-    check_count("count", count)
+    check_order(count, None, "count")
     start, stop = window
     if not 0 <= start < stop <= 1:
         raise ValueError(f"the window must lie in [0, 1], got {window!r}")
@@ -85,7 +85,7 @@ def active_dps(
     """
     check_single(denoiser, "active_dps")
     check_operator(operator, "active_dps")
-    check_count("particles", particles, 2)
+    check_order(particles, None, "particles", 2)
     check_number("zeta", zeta)
     check_number("bandwidth", bandwidth)
     if is_concrete(bandwidth) and bandwidth == 0:
@@ -163,7 +163,8 @@ class _Active:
             apart = pair((expected[:, :, None] - expected[:, None]) ** 2)
             scaled = apart / (2.0 * bandwidth.astype(apart.dtype) ** 2)
             score = jnp.sum(jax.nn.logsumexp(scaled, axis=2), axis=1)
-        had = jax.vmap(gather)(kept["mask"]) > 0
+        # A candidate of which only some entries are measured can still be taken.
+        had = jax.vmap(gather)(jnp.where(kept["mask"] > 0, 0.0, 1.0)) == 0
         chosen = jnp.argmax(jnp.where(had, -jnp.inf, score), axis=1).astype(jnp.int32)
         new = (groups == chosen.reshape(-1, *(1,) * groups.ndim)).astype(kept["mask"].dtype)
         return {

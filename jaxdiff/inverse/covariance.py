@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.inverse.measurement import Measurement
-from jaxdiff.inverse.strengths import check_count
 from jaxdiff.inverse.tweedie import guide
+from jaxdiff.solvers.clocks import check_order
 
 SOLVERS = ("cg", "gmres")
 
@@ -42,7 +42,8 @@ def mmps(
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose from {list(SOLVERS)}")
-    solve = _MMPS(check_count("iterations", iterations), solver)
+    check_order(iterations, None, "iterations")
+    solve = _MMPS(int(iterations), solver)
     return guide(denoiser, measurement, solve, (), "mmps")
 
 

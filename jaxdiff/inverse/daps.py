@@ -27,8 +27,8 @@ from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
-from jaxdiff.inverse.strengths import check_count, check_number
 from jaxdiff.noise import normal
+from jaxdiff.solvers.clocks import check_number, check_order
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
 
@@ -48,8 +48,7 @@ class Langevin:
       step_size: h at the first level, positive; it must stay below 2 / (s^2 / tau^2 + 1 / r^2), s
         the operator's largest singular value, at every level.
       last: h at the last level is `last` times that, linear in the level in between, in (0, 1].
-      tau: None for the measurement's noise_std (the published settings take 0.01 for noise of
-      0.05).
+      tau: None for the measurement's noise_std (the published settings take 0.01 where it is 0.05).
       momentum: None, or b in [0, 1).
     """
 
@@ -107,7 +106,7 @@ def daps(
     check_single(denoiser, "daps")
     check_measurement(measurement, "daps")
     check_ends(grid, "daps", noise=False, data=True)
-    check_count("inner", inner)
+    check_order(inner, None, "inner")
     check_number("end", end)
     if grid.backward or not grid.ends[1] or grid.xp is not np:
         raise ValueError('daps takes a grid of known levels to sigma = 0: build it with end="zero"')
@@ -138,8 +137,7 @@ def daps(
 
 
 def _spaced(radius: float, end: float, steps: int) -> np.ndarray:
-    """sigma / alpha after each of `steps` steps from `radius` to `end`, even in its seventh
-    root."""
+    """sigma / alpha after each of `steps` steps from `radius` to `end`, even in its 7th root."""
     roots = np.linspace(radius ** (1 / 7), end ** (1 / 7), steps + 1)[1:]
     return np.append(roots[:-1] ** 7, end)
 
@@ -151,7 +149,7 @@ def _level(grid: Grid, radius: float) -> tuple[Any, Any, Any]:
 def _check_langevin(langevin: Any) -> None:
     if not isinstance(langevin, Langevin):
         raise TypeError(f"langevin must be a Langevin or None, got {type(langevin).__name__}")
-    check_count("steps", langevin.steps)
+    check_order(langevin.steps, None, "steps")
     check_number("step_size", langevin.step_size)
     check_number("last", langevin.last, 0.0, 1.0)
     if langevin.momentum is not None:
@@ -174,8 +172,7 @@ def gaussian_posterior(measurement: Measurement, x0: Array, radius: ArrayLike, k
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DAPS(Control):
-    """The control of `daps`; `radius` and `alpha` [levels]: sigma / alpha, and alpha of the next
-    level."""
+    """The control of `daps`; `radius`, `alpha` [levels]: sigma / alpha, and the next's alpha."""
 
     measurement: Measurement
     langevin: Langevin | None

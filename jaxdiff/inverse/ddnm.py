@@ -6,14 +6,14 @@ Without noise any x_0 is made consistent by
     x_0' = A^+ y + (I - A^+ A) x_0,
 
 the network decides on the null space alone: `ddnm`, a function from denoisers to denoisers. With
-noise
-that would copy it into x_0: `ddnm_plus` moves each singular direction only as far as the noise of
-the measurement fits into the noise that the state is to have anyway.
+noise that would copy it into x_0: `ddnm_plus` moves each singular direction only as far as the
+noise of the measurement fits into the noise that the state is to have anyway.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,11 +25,11 @@ from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
 from jaxdiff.inverse.spectral import SpectralControl, check_spectral
-from jaxdiff.inverse.strengths import check_number
-from jaxdiff.inverse.travel import ends, time_travel, visits
 from jaxdiff.predictions import convert
+from jaxdiff.solvers.clocks import check_number
 from jaxdiff.solvers.first_order import ddim
 from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.travel import ends, time_travel, visits
 
 
 def ddnm(denoiser: Denoiser, measurement: Measurement, keep_eps: bool = True) -> Denoiser:
@@ -43,9 +43,9 @@ def ddnm(denoiser: Denoiser, measurement: Measurement, keep_eps: bool = True) ->
         sampler; False predicts x_0' alone, for any tableau.
 
     Where the operator's `pinv` is exact and the grid ends at sigma = 0, A x_0 = y in the result
-    (and y must be in A's range). With `time_travel` around the tableau it is algorithm 2 (the
-    published code goes back up from its last x_0 rather than from the state). One evaluation a
-    call. Raises TypeError for anything but a Measurement.
+    (and y must be in A's range). On a tableau of `jaxdiff.solvers.time_travel` it is algorithm 2
+    (the published code goes back up from its last x_0 rather than from the state). One evaluation
+    a call. Raises TypeError for anything but a Measurement.
     """
     check_single(denoiser, "ddnm")
     check_measurement(measurement, "ddnm")
@@ -90,19 +90,19 @@ def ddnm_plus(
         clipped one).
       grid: from noise to data; the published sampler has 100 steps.
       eta: in [0, 1], may be traced.
-      length, repeats: time travel (`visits`), once around by default.
+      length, repeats: `jaxdiff.solvers.time_travel`'s, once around by default.
 
     Takes the operator's spectrum. Raises TypeError or ValueError for arguments that are not these.
     """
     check_spectral(denoiser, grid, measurement, "ddnm_plus")
     check_number("eta", eta, 0.0, 1.0)
     # Its rows are rewritten by the control; full renewal, so that each draws noise.
-    base = ddim(grid, 1.0, outputs=2, noise_scale="full")
-    way = ends(grid, visits(grid.steps, length, repeats))
+    base = functools.partial(ddim, eta=1.0, outputs=2, noise_scale="full")
+    way = ends(grid, visits(grid.steps, repeats, length))
     control = DDNMPlus(
         measurement, measurement.operator.spectrum(), way, jnp.asarray(eta), denoiser.prediction
     )
-    return time_travel(base, grid, length, repeats), control
+    return time_travel(grid, repeats, length, base), control
 
 
 @jax.tree_util.register_dataclass

@@ -21,10 +21,10 @@ from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.measurement import Measurement
 from jaxdiff.inverse.spectral import SpectralControl, check_spectral
-from jaxdiff.inverse.strengths import check_number
-from jaxdiff.inverse.travel import ends, visits
+from jaxdiff.solvers.clocks import check_number
 from jaxdiff.solvers.first_order import ddim
 from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.travel import ends, visits
 
 
 def ddrm(

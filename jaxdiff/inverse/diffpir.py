@@ -1,5 +1,4 @@
-"""DiffPIR: the denoised x_0 goes through the measurement's proximal map, then is partly noised
-anew.
+"""DiffPIR: x_0 goes through the measurement's proximal map and is then partly noised anew.
 
 Zhu, Zhang, Liang, Cao, Wen, Timofte & Van Gool, "Denoising Diffusion Models for Plug-and-Play Image
 Restoration" (2023). Half-quadratic splitting with the diffusion model as its denoiser: at the level
@@ -24,8 +23,8 @@ from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser, check_single, wrap
 from jaxdiff.grids import Grid
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
-from jaxdiff.inverse.strengths import check_count, check_number
 from jaxdiff.predictions import convert
+from jaxdiff.solvers.clocks import check_number, check_order
 from jaxdiff.solvers.first_order import posterior_share
 from jaxdiff.solvers.tableau import Row, Tableau, Update, assemble, check_ends
 
@@ -96,7 +95,7 @@ def partial_renewal(
     check_ends(grid, "partial_renewal", noise=True, data=True)
     check_number("zeta", zeta, 0.0, 1.0)
     check_number("eta", eta, 0.0, 1.0)
-    check_count("repeats", repeats)
+    check_order(repeats, None, "repeats")
     if grid.backward:
         raise ValueError("partial_renewal runs from noise to data")
     xp, rows, nodes = grid.xp if is_concrete(zeta, eta) else jnp, [], [(0, 0)]

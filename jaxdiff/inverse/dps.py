@@ -19,12 +19,12 @@ from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.measurement import Measurement, same_shape
-from jaxdiff.inverse.strengths import check_number
-from jaxdiff.inverse.travel import Ends, ends, visits
 from jaxdiff.inverse.tweedie import add, corrected, guide, norms
 from jaxdiff.noise import normal
+from jaxdiff.solvers.clocks import check_number
 from jaxdiff.solvers.first_order import ddpm
 from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.travel import Ends, ends, visits
 
 
 def dps(denoiser: Denoiser, measurement: Measurement, scale: ArrayLike = 1.0) -> Denoiser:

@@ -22,8 +22,8 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff.arrays import as_arrays
 from jaxdiff.denoisers import Denoiser, check_single, wrap
 from jaxdiff.inverse.measurement import Measurement, same_shape
-from jaxdiff.inverse.strengths import check_count, check_number
 from jaxdiff.predictions import check_prediction, convert
+from jaxdiff.solvers.clocks import check_number, check_order
 
 
 def flowchef(
@@ -56,7 +56,8 @@ def flowchef(
     if hold == "x0":
         raise ValueError("hold='x0' would keep the x_0 that is to be steered: hold another one")
     check_number("scale", scale)
-    fn = _FlowChef(denoiser.prediction, hold, check_count("repeats", repeats), None)
+    check_order(repeats, None, "repeats")
+    fn = _FlowChef(denoiser.prediction, hold, int(repeats), None)
     strengths = (scale, until)
     if isinstance(target, Measurement):
         return wrap(fn, denoiser, as_arrays((target, *strengths)), ("x0", "eps"))

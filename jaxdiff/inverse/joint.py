@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,19 @@ from jaxdiff.denoisers import Denoiser, check_single, level
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.operators import LinearOperator, as_leaf, check_operator
-from jaxdiff.inverse.strengths import check_number
-from jaxdiff.inverse.travel import Ends, ends, visits
 from jaxdiff.inverse.tweedie import Linearised, check_guidable, linearise, norms
 from jaxdiff.noise import normal
+from jaxdiff.predictions import convert
+from jaxdiff.solvers.clocks import check_number
+from jaxdiff.solvers.first_order import ddpm
+from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.travel import Ends, ends, visits
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Superposition:
-    """y = sum_k A_k x_k + noise_std n; made by `superposition`."""
+class MixedMeasurement:
+    """y = sum_k A_k x_k + noise_std n; made by `mixed_measurement`."""
 
     operators: dict[str, LinearOperator | None]
     y: Array
@@ -57,6 +60,15 @@ class Superposition:
         """y - sum_k A_k x_k."""
         return self.y - sum(self.apply(name, x) for name, x in sources.items())
 
+    def check_state(self, sources: Mapping[str, Array]) -> None:
+        """Raise ValueError unless every source is a batch of y's size, of what is measured of it."""
+        _check_sources(sources, self.operators)
+        for name, operator in self.operators.items():
+            one = self.y.shape[1:] if operator is None else operator.shape
+            want, got = (self.y.shape[0], *one), jnp.shape(sources[name])
+            if got != want:
+                raise ValueError(f"source {name!r} has shape {got}, its measurement is of {want}")
+
     def solve(self, v: Array, variances: Mapping[str, Array]) -> Array:
         """(sum_k variances_k A_k A_k^T + noise_std^2 I)^{-1} v, by conjugate gradients."""
 
@@ -69,10 +81,10 @@ class Superposition:
         return cg(covariance, v, tol=1e-5, maxiter=50)[0]
 
 
-def superposition(
+def mixed_measurement(
     y: Float[ArrayLike, "batch ..."], noise_std: ArrayLike, *names: str, **operators: LinearOperator
-) -> Superposition:
-    """The measurement y = sum of sources: `superposition(y, 0.1, "x", "h")`, or `(y, 0.1, x=A, h=B)`.
+) -> MixedMeasurement:
+    """y = sum of sources + noise: `mixed_measurement(y, 0.1, "x", "h")`, or `(y, 0.1, x=A, h=B)`.
 
     Arguments:
       y: [batch, *measured].
@@ -84,18 +96,18 @@ def superposition(
     check_number("noise_std", noise_std)
     found = {**dict.fromkeys(names), **operators}
     if len(found) < 2 or len(found) != len(names) + len(operators):
-        raise ValueError(f"a superposition takes at least two sources by name, got {list(found)}")
+        raise ValueError(f"a mixed_measurement takes at least two sources by name, got {list(found)}")
     for name, operator in operators.items():
-        check_operator(operator, f"superposition: source {name!r}")
+        check_operator(operator, f"mixed_measurement: source {name!r}")
         if operator.measured != np.shape(y)[1:]:
             raise ValueError(
                 f"source {name!r} measures {operator.measured}, y is of {np.shape(y)[1:]} a sample"
             )
-    return Superposition(found, as_leaf(y, "y"), as_leaf(noise_std, "noise_std"))
+    return MixedMeasurement(found, as_leaf(y, "y"), as_leaf(noise_std, "noise_std"))
 
 
 def joint_dps(
-    denoisers: Mapping[str, Denoiser], measurement: Superposition,
+    denoisers: Mapping[str, Denoiser], measurement: MixedMeasurement,
     strengths: Mapping[str, ArrayLike],
 ) -> Denoiser:  # fmt: skip
     """The published "dps" step: x_k' = step(x_k) - strength_k grad_{x_k} |y - sum_j A_j x_0hat,j|.
@@ -115,11 +127,11 @@ def joint_dps(
     _check(denoisers, measurement, "joint_dps", strengths)
     for name, strength in strengths.items():
         check_number(f"strengths[{name!r}]", strength)
-    return _joint(_norm_step, denoisers, measurement, dict(strengths), ("x0", "x0"))
+    return _joint(_norm_step, linearise, denoisers, measurement, dict(strengths), ("x0", "x0"))
 
 
 def joint_pigdm(
-    denoisers: Mapping[str, Denoiser], measurement: Superposition,
+    denoisers: Mapping[str, Denoiser], measurement: MixedMeasurement,
     data_std: Mapping[str, ArrayLike],
 ) -> Denoiser:  # fmt: skip
     """The joint posterior's denoiser with Gaussians for p(x_k | state). Predicts x0, for any tableau.
@@ -140,12 +152,18 @@ def joint_pigdm(
         check_number(f"data_std[{name!r}]", value)
         if is_concrete(value) and value == 0:
             raise ValueError(f"data_std[{name!r}] must be positive, got {value!r}")
-    return _joint(_score, denoisers, measurement, dict(data_std), "x0")
+    return _joint(_score, linearise, denoisers, measurement, dict(data_std), "x0")
+
+
+def _check_sources(state: Any, names: Mapping[str, Any]) -> None:
+    if not isinstance(state, dict) or set(state) != set(names):
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"the state must be a dictionary of {sorted(names)}, got {found}")
 
 
 def _check_names(measurement: Any, what: str, **named: Mapping[str, Any]) -> None:
-    if not isinstance(measurement, Superposition):
-        raise TypeError(f"{what} takes a superposition, got {type(measurement).__name__}")
+    if not isinstance(measurement, MixedMeasurement):
+        raise TypeError(f"{what} takes a mixed_measurement, got {type(measurement).__name__}")
     names = sorted(measurement.operators)
     for title, found in named.items():
         if sorted(found) != names:
@@ -158,11 +176,11 @@ def _check(denoisers: Any, measurement: Any, what: str, strengths: Any) -> None:
         check_single(denoiser, what)
 
 
-def _joint(rule, denoisers, measurement, strengths, prediction) -> Denoiser:
+def _joint(rule, at, denoisers, measurement, strengths, prediction) -> Denoiser:
     memory = {name: d.memory for name, d in denoisers.items()}
     kept = any(m is not None for m in memory.values())
     return Denoiser(
-        _Joint(rule, kept), prediction, (dict(denoisers), measurement, as_arrays(strengths)), level,
+        _Joint(rule, at, kept), prediction, (dict(denoisers), measurement, as_arrays(strengths)), level,
         memory if kept else None, sum(d.cost for d in denoisers.values()),
     )  # fmt: skip
 
@@ -170,45 +188,51 @@ def _joint(rule, denoisers, measurement, strengths, prediction) -> Denoiser:
 @dataclasses.dataclass(frozen=True)
 class _Joint:
     rule: Callable
+    at: Callable
     kept: bool
 
     def __call__(self, params, x, levels, cond=None, memory=None):
         denoisers, measurement, strengths = params
-        if not isinstance(x, dict) or set(x) != set(denoisers):
-            names = sorted(x) if isinstance(x, dict) else type(x).__name__
-            raise ValueError(f"the state must be a dictionary of {sorted(denoisers)}, got {names}")
+        _check_sources(x, denoisers)
+        if measurement is not None:
+            measurement.check_state(x)
         at = {
-            name: linearise(
+            name: self.at(
                 denoiser, x[name], levels, None if cond is None else cond[name],
                 None if memory is None else memory[name],
             )
             for name, denoiser in denoisers.items()
         }  # fmt: skip
-        x0 = {name: a.x0 for name, a in at.items()}
-        out = self.rule(measurement, strengths, measurement.residual(x0), at)
+        out = self.rule(measurement, strengths, at)
         return (out, {name: a.memory for name, a in at.items()}) if self.kept else out
 
     def check(self, params, batch, cond, alpha):
-        check_guidable(alpha, "joint sampling")
+        if self.rule is _score:
+            check_guidable(alpha, "joint_pigdm")
         for name, denoiser in params[0].items():
             denoiser.check(batch, None if cond is None else cond[name], alpha)
 
 
-def _norm_step(measurement, strengths, residual, at: dict[str, Linearised]):
+def _own(at: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: a.x0 for name, a in at.items()}
+
+
+def _norm_step(measurement, strengths, at: dict[str, Linearised]):
+    residual = measurement.residual(_own(at))
     g = residual / norms(residual)
     correction = {
         name: strengths[name] * a.pull(measurement.adjoint(name, g)) for name, a in at.items()
     }
-    return {name: a.x0 for name, a in at.items()}, correction
+    return _own(at), correction
 
 
-def _score(measurement, data_std, residual, at: dict[str, Linearised]):
+def _score(measurement, data_std, at: dict[str, Linearised]):
     variances = {
         name: (a.sigma * data_std[name]) ** 2
         / ((a.alpha * data_std[name]) ** 2 + a.sigma**2)
         for name, a in at.items()
     }  # fmt: skip
-    g = measurement.solve(residual, variances)
+    g = measurement.solve(measurement.residual(_own(at)), variances)
     return {
         name: a.x0 + a.covariance(measurement.adjoint(name, g)) for name, a in at.items()
     }  # fmt: skip
@@ -218,33 +242,56 @@ def joint_prior(denoisers: Mapping[str, Denoiser]) -> Denoiser:
     """All sources by themselves: predicts the dictionary of their x_0, for `JointProjection`."""
     for denoiser in denoisers.values():
         check_single(denoiser, "joint_prior")
-    return Denoiser(
-        _prior, "x0", dict(denoisers), level, cost=sum(d.cost for d in denoisers.values())
-    )
+    return _joint(_apart, _denoised, denoisers, None, None, "x0")
 
 
-def _prior(denoisers, x, levels, cond=None):
-    return {
-        name: d.predict("x0", x[name], *levels, None if cond is None else cond[name])
-        for name, d in denoisers.items()
-    }
+class _Denoised(NamedTuple):
+    x0: Array
+    memory: Any
+
+
+def _denoised(denoiser, x, levels, cond, memory) -> _Denoised:
+    """As `linearise`, of networks that need no derivative."""
+    out, new = denoiser.evaluate(x, *levels, cond, memory)
+    return _Denoised(convert(out.astype(x.dtype), x, denoiser.prediction, "x0", *levels[1:]), new)
+
+
+def _apart(measurement, strengths, at: dict[str, _Denoised]):
+    return _own(at)
 
 
 def joint_projection(
-    grid: Grid, measurement: Superposition, strengths: Mapping[str, ArrayLike]
-) -> Control:
-    """The published "projection" step, as a control: no gradient of any network.
+    grid: Grid, measurement: MixedMeasurement, strengths: Mapping[str, ArrayLike],
+    base: Callable[[Grid], Tableau] = ddpm,
+) -> tuple[Tableau, Control]:  # fmt: skip
+    """(tableau, control) of the published "projection" step: no gradient of any network.
 
         x_k <- x_k - strength_k A_k^T (sum_j A_j x_j - (alpha' y + sigma' z))
 
     after every row, with alpha', sigma' of the node it leads to (the published code noises y to the
-    row's own level, a step too much). With `joint_prior` and a tableau of one row a step:
-    `sample(joint_prior(denoisers), tableau, x_T, key, control=joint_projection(...))`.
+    row's own level, a step too much): `sample(joint_prior(denoisers), tableau, x_T, key,
+    control=control)`.
+
+    Arguments:
+      grid: from noise to data.
+      strengths: by name, at least 0.
+      base: the step, of the grid: a solver of one row a step and one register, `ddpm` or `ddim`.
+
+    Raises ValueError where names differ, for a negative strength, or a base of other rows.
     """
     _check_names(measurement, "joint_projection", strengths=strengths)
     if not isinstance(grid, Grid) or grid.backward:
         raise ValueError(f"joint_projection takes a grid from noise to data, got {grid!r}")
-    return JointProjection(measurement, dict(strengths), ends(grid, visits(grid.steps, 1, 1)))
+    for name, strength in strengths.items():
+        check_number(f"strengths[{name!r}]", strength)
+    tableau = base(grid)
+    if tableau.rows != grid.steps or tableau.registers != 1:
+        raise ValueError(
+            f"joint_projection takes a base of one register and one row a step, {grid.steps} here; "
+            f"got {tableau.registers} registers and {tableau.rows} rows"
+        )
+    way = ends(grid, visits(grid.steps, 1, 1))
+    return tableau, JointProjection(measurement, as_arrays(dict(strengths)), way)
 
 
 @jax.tree_util.register_dataclass
@@ -252,9 +299,13 @@ def joint_projection(
 class JointProjection(Control):
     """The control of `joint_projection`."""
 
-    measurement: Superposition
+    measurement: MixedMeasurement
     strengths: dict[str, Any]
     ends: Ends
+
+    def init(self, x: Any) -> None:
+        """Raise ValueError for a state of other shapes than were measured."""
+        self.measurement.check_state(x)
 
     def after(
         self, aux: Any, row: RowInfo, x: Any, out: Any, z: Any, carry: Carry, key: Any

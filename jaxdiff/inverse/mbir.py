@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
-from jaxdiff.inverse.strengths import check_count, check_number
+from jaxdiff.solvers.clocks import check_number, check_order
 from jaxdiff.solvers.tableau import Tableau
 
 
@@ -59,7 +59,7 @@ class SliceTV:
         """Raise ValueError for numbers out of range."""
         for name in ("lam", "rho", "tolerance"):
             check_number(name, getattr(self, name))
-        check_count("iterations", self.iterations)
+        check_order(self.iterations, None, "iterations")
 
     def differences(self, x: Array) -> Array:
         """D x, of x's shape; without `periodic` the last is 0."""
@@ -116,7 +116,7 @@ def total_variation(
     """The volume without a network: `iterations` of ADMM on the model alone, from x."""
     check_measurement(measurement, "total_variation")
     model.check()
-    check_count("iterations", iterations)
+    check_order(iterations, None, "iterations")
     same_shape(measurement, x, "total_variation")
     zero = jnp.zeros_like(x)
     first = (x, zero, zero)

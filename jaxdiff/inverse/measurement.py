@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import is_concrete
-from jaxdiff.inverse.operators import LinearOperator, as_leaf, check_operator
-from jaxdiff.inverse.spectra import size
+from jaxdiff.inverse.operators import Composed, LinearOperator, as_leaf, check_operator
+from jaxdiff.inverse.spectra import reached, size
 from jaxdiff.noise import normal
 
 
@@ -86,9 +86,10 @@ def measure(
 ) -> Measurement:  # fmt: skip
     """Simulate: y = A x0 + noise_std n for data x0 [batch, *operator.shape], one y each.
 
-    Noise falls on what is measured: entries that A cannot reach, such as those a mask leaves out, stay
-    0. `key` is one key, or one per sample; not needed where noise_std is 0. Raises ValueError if it is
-    missing.
+    Noise falls on what is measured: directions that A does not reach (singular values of 0: `pinv`),
+    such as the entries a mask leaves out, get none. Of a composition without a closed form those that
+    its outer operator does not reach; other operators that iterate get noise everywhere. `key` is one
+    key, or one per sample; not needed where noise_std is 0. Raises ValueError if it is missing.
     """
     check_operator(operator, "measure")
     x0 = as_leaf(x0, "x0")
@@ -97,12 +98,17 @@ def measure(
         return Measurement(operator, y, noise_std)
     if key is None:
         raise ValueError(f"noise of standard deviation {noise_std} needs a key")
-    noise = normal(key, y)
-    left = operator._left()
-    if left is not None:
-        values, basis = left
-        noise = basis.back((values > 0) * basis.coordinates(noise))
+    noise = _onto_range(operator, normal(key, y))
     return Measurement(operator, y + noise_std * noise, noise_std)
+
+
+def _onto_range(operator: LinearOperator, y: Array) -> Array:
+    """y without the directions that `operator` is known not to reach."""
+    left = operator._left()
+    if left is None:
+        return _onto_range(operator.outer, y) if isinstance(operator, Composed) else y
+    values, basis = left
+    return basis.back(reached(values, y.dtype) * basis.coordinates(y))
 
 
 def same_shape(measurement: Measurement, x: Array, what: str) -> None:

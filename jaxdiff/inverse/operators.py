@@ -32,6 +32,7 @@ from jaxdiff.inverse.spectra import (
     Spectrum,
     Standard,
     dense_spectrum,
+    reached,
     size,
     spatial,
     static,
@@ -105,25 +106,24 @@ class LinearOperator:
         if left is None:
             return _by_conjugate_gradients(self, y, ridge, rtol)
         values, basis = left
-        square = values.astype(y.dtype) ** 2 + (ridge[:, None] if ridge.ndim else ridge)
+        values = jnp.where(reached(values, y.dtype), values, 0.0).astype(y.dtype)
+        square = values**2 + (ridge[:, None] if ridge.ndim else ridge)
         safe = jnp.where(square > 0, square, 1.0)
         return basis.back(jnp.where(square > 0, basis.coordinates(y) / safe, 0.0))
 
     def pinv(self, y: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
         """A^+ y: the solution of least |A x - y| that has the least norm.
 
-        Singular values below 10 max(m, n) eps times the largest count as 0; without a closed form
-        LSMR (Fong & Saunders 2011) iterates.
+        Singular values up to 100 eps times the largest count as 0; without a closed form LSMR (Fong &
+        Saunders 2011) iterates.
         """
         _check(y, self.measured, "measures")
         left = self._left()
         if left is None:
             return _by_lsmr(self, y)
         values, basis = left
-        values = values.astype(y.dtype)
-        most = max(size(self.shape), size(self.measured))
-        floor = 10 * most * jnp.finfo(y.dtype).eps * jnp.max(values)
-        inverse = jnp.where(values > floor, 1.0 / jnp.where(values > floor, values, 1.0) ** 2, 0.0)
+        seen = reached(values, y.dtype)
+        inverse = jnp.where(seen, 1.0 / jnp.where(seen, values, 1.0).astype(y.dtype) ** 2, 0.0)
         return self._adjoint(basis.back(inverse * basis.coordinates(y)))
 
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, ArrayLike
 from jaxdiff.arrays import is_concrete
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.inverse.measurement import Measurement
-from jaxdiff.inverse.strengths import check_number
 from jaxdiff.inverse.tweedie import Linearised, add, guide
+from jaxdiff.solvers.clocks import check_number
 
 
 def pigdm(

@@ -12,6 +12,7 @@ and down again, `repeats` times (algorithm 1 is length = 1).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,15 +23,15 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff.arrays import is_concrete
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
-from jaxdiff.inverse.travel import time_travel, visits
 from jaxdiff.noise import normal
 from jaxdiff.solvers.first_order import ddpm
 from jaxdiff.solvers.tableau import Tableau
+from jaxdiff.solvers.travel import time_travel, visits
 
 
 def repaint(
     grid: Grid, known: Float[ArrayLike, "*sample"], mask: ArrayLike, length: int = 10,
-    repeats: int = 10, tableau: Tableau | None = None,
+    repeats: int = 10, base: Callable[[Grid], Tableau] = ddpm,
 ) -> tuple[Tableau, Control]:  # fmt: skip
     """(tableau, control) of RePaint: `sample(denoiser, tableau, x_T, key, control=control)`.
 
@@ -38,15 +39,15 @@ def repaint(
       grid: from noise to data; the paper's has 250 steps.
       known: the image, [batch, ...] or one sample's shape; only what the mask keeps is looked at.
       mask: 1 where it is known, 0 elsewhere, of a shape that broadcasts against the state.
-      length, repeats: how far to go back, and how often each step is taken (`visits`). The paper's
-        settings, jump_length = jump_n_sample = 10, take some 4,500 evaluations on 250 steps;
-        repeats = 1 is plain replacement.
-      tableau: the step, of one row and one register; DDPM's by default.
+      length, repeats: how far to go back, and how often each step is taken
+        (`jaxdiff.solvers.time_travel`). The paper's settings, jump_length = jump_n_sample = 10,
+        take 2,410 evaluations on 250 steps; repeats = 1 is plain replacement.
+      base: a builder of the step, of one row and one register; the paper's is DDPM's.
 
     The known pixels of the result are the known image's where the grid ends at sigma = 0. This is
     the paper's algorithm; its code replaces before the network is called, which is the same but
     after the last step. Raises ValueError for a mask with other values than 0 and 1, shapes that do
-    not broadcast, and as `time_travel` does.
+    not broadcast, another base, and as `time_travel` does.
     """
     if is_concrete(mask) and not np.all(np.isin(np.asarray(mask), (0, 1))):
         raise ValueError(f"a mask is 0 or 1 (1: known), got values {np.unique(np.asarray(mask))}")
@@ -56,16 +57,20 @@ def repaint(
         raise ValueError(
             f"a mask of shape {np.shape(mask)} does not fit an image of shape {np.shape(known)}"
         ) from None
-    steps = time_travel(ddpm(grid) if tableau is None else tableau, grid, length, repeats)
-    _, alpha, sigma = grid.node(visits(grid.steps, length, repeats)[:, 2])
-    return steps, Replacement(known, mask, alpha, sigma)
+    tableau, nodes = time_travel(grid, repeats, length, base), visits(grid.steps, repeats, length)
+    if tableau.registers != 1 or tableau.rows != len(nodes):
+        raise ValueError(
+            f"repaint takes a base of one register and one row a step, got {tableau.registers} "
+            f"registers and {tableau.rows} rows for {len(nodes)} steps"
+        )
+    _, alpha, sigma = grid.node(nodes[:, 2])
+    return tableau, Replacement(known, mask, alpha, sigma)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replacement(Control):
-    """After every row the known pixels are noised known ones; `alpha`, `sigma` [rows]: where it
-    ends."""
+    """After every row the known pixels are noised ones; `alpha`, `sigma` [rows]: where it ends."""
 
     known: Array
     mask: Array

@@ -23,9 +23,9 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff.arrays import as_arrays, is_concrete, to_batch
 from jaxdiff.denoisers import Denoiser, check_single, level
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
-from jaxdiff.inverse.strengths import check_count, check_number
-from jaxdiff.inverse.tweedie import linearise, norms
+from jaxdiff.inverse.tweedie import check_guidable, linearise, norms
 from jaxdiff.noise import is_key_batch, normal
+from jaxdiff.solvers.clocks import check_number, check_order
 
 
 def stsl(
@@ -46,7 +46,7 @@ def stsl(
         eta grad tr Cov[x_0 | x_t], which stays finite at small sigma.
 
     K evaluations of twice the batch a call (cost 2 K), and K pullbacks. Raises ValueError for numbers
-    out of range or another weighting.
+    out of range or another weighting, and sampling with "covariance" one for a grid from alpha = 0.
     """
     check_single(denoiser, "stsl")
     check_measurement(measurement, "stsl")
@@ -56,7 +56,8 @@ def stsl(
     check_probe(probe)
     if weighting not in ("constant", "covariance"):
         raise ValueError(f"weighting must be 'constant' or 'covariance', got {weighting!r}")
-    count = check_count("refinements", refinements)
+    check_order(refinements, None, "refinements")
+    count = int(refinements)
     params = (denoiser, measurement, key, as_arrays((zeta, eta, probe)))
     # The draws of the probes made so far, so that every evaluation has new ones.
     memory = (denoiser.memory, jnp.zeros((), jnp.int32))
@@ -101,6 +102,8 @@ class _STSL:
         return x0, sum(jnp.split(pulled, 2)), at.memory
 
     def check(self, params, batch, cond, alpha):
+        if self.weighted:
+            check_guidable(alpha, "stsl of weighting 'covariance'")
         params[0].check(batch, cond, alpha)
 
 

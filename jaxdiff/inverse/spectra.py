@@ -200,6 +200,16 @@ def svd(matrix: Any) -> tuple[Any, Any, Any]:
     return np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=True)
 
 
+def reached(values: Float[Array, " r"], dtype: Any) -> Any:
+    """Where singular values are not 0: above 100 eps of the largest, of their dtype or the coarser
+    `dtype` that they are used in.
+
+    Bases are orthogonal transforms or decompositions in float64, so rounding does not grow with size.
+    """
+    eps = max(float(jnp.finfo(d).eps) for d in (values.dtype, dtype))
+    return values > 100 * eps * jnp.max(values)
+
+
 def size(shape: tuple[int, ...]) -> int:
     """Number of entries."""
     return math.prod(shape)

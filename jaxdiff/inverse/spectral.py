@@ -1,8 +1,7 @@
 """What the samplers that work in an operator's singular basis share.
 
 With A = U diag(s) V^T, in the coordinates V^T x a measurement is one number of each coordinate that
-it
-sees: (U^T y)_i / s_i = (V^T x_0)_i + (noise_std / s_i) n.
+it sees: (U^T y)_i / s_i = (V^T x_0)_i + (noise_std / s_i) n.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from jaxdiff.grids import Grid
 from jaxdiff.integrator import Control
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
 from jaxdiff.inverse.spectra import Spectrum, size
-from jaxdiff.inverse.travel import Ends
 from jaxdiff.predictions import convert
+from jaxdiff.solvers.travel import Ends
 
 
 class Seen(NamedTuple):
@@ -69,8 +68,7 @@ class SpectralControl(Control):
         return Seen(jnp.where(reached, values, 0.0), y, std)
 
     def pair(self, out: Any, x: Array, alpha: Any, sigma: Any) -> tuple[Array, Array]:
-        """V^T x_0 and V^T eps, as the denoiser's output has them; of two outputs the first is
-        x_0's."""
+        """V^T x_0 and V^T eps of the denoiser's output; of two outputs the first is x_0's."""
         single = isinstance(self.prediction, str)
         outs, names = ((out,), (self.prediction,)) if single else (out, self.prediction)
         found = (

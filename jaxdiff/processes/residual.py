@@ -26,10 +26,10 @@ from jaxdiff.processes.base import Process, floating, register, static
 
 @register
 class Residual(Process):
-    """See `residual` and `retimed`. `removed` is A and `variance` B^2 at t = 0, 1, ..., num_steps;
-    both are linear in between, so alpha and sigma^2 are."""
+    """See `residual` and `retimed`. `kept` is alpha = 1 - A and `variance` B^2 at t = 0, 1, ...,
+    num_steps, both linear in between."""
 
-    removed: ArrayLike
+    kept: ArrayLike
     variance: ArrayLike
     t_min: float = static(0.0)
     t_max: float = static()
@@ -37,11 +37,11 @@ class Residual(Process):
     data_time: float | None = static(None)
 
     def _interpolate(self, xp, t, table):
-        return xp.interp(t, xp.arange(self.removed.shape[0]), table)
+        return xp.interp(t, xp.arange(self.kept.shape[0]), table)
 
     def alpha(self, t):
         xp, t = floating(t, self)
-        return 1.0 - self._interpolate(xp, t, self.removed)
+        return self._interpolate(xp, t, self.kept)
 
     def sigma(self, t):
         xp, t = floating(t, self)
@@ -54,27 +54,29 @@ class Residual(Process):
 
     def time(self, half_log_snr):
         xp, lam = floating(half_log_snr, self)
-        removed, variance = (xp.asarray(a) for a in (self.removed, self.variance))
+        kept, variance = (xp.asarray(a) for a in (self.kept, self.variance))
         with np.errstate(divide="ignore"):
-            table = xp.log(1.0 - removed) - 0.5 * xp.log(variance)
-        left = xp.searchsorted(-table, -lam, side="right") - 1
-        left = xp.clip(left, 0, removed.shape[0] - 2)
-        # On a segment, with s from 0 to 1: (a - da s)^2 = r (b + db s), r = exp(2 lam).
-        a, b = 1.0 - removed[left], variance[left]
-        da, db = removed[left + 1] - removed[left], variance[left + 1] - variance[left]
-        r = xp.exp(2.0 * lam)
-        half, rest = a * da + 0.5 * r * db, xp.maximum(a**2 - r * b, 0.0)
-        # The smaller root of da^2 s^2 - 2 half s + rest = 0, without cancellation.
-        root = xp.sqrt(xp.maximum(half**2 - da**2 * rest, 0.0))
+            table = xp.log(kept) - 0.5 * xp.log(variance)
+        last = kept.shape[0] - 1
+        left = xp.clip(xp.searchsorted(-table, -lam, side="right") - 1, 0, last - 1)
+        # On a segment, with s from 0 to 1: p (a - da s)^2 = q (b + db s), q / p = exp(2 lam).
+        p, q = xp.exp(-2.0 * xp.maximum(lam, 0.0)), xp.exp(2.0 * xp.minimum(lam, 0.0))
+        a, b = kept[left], variance[left]
+        da, db = a - kept[left + 1], variance[left + 1] - b
+        half, rest = p * a * da + 0.5 * q * db, xp.maximum(p * a**2 - q * b, 0.0)
+        # The smaller root of p da^2 s^2 - 2 half s + rest = 0, without cancellation.
+        root = xp.sqrt(xp.maximum(half**2 - p * da**2 * rest, 0.0))
         s = rest / xp.where(half + root > 0, half + root, 1.0)
-        return left + xp.clip(s, 0.0, 1.0)
+        inside = left + xp.clip(s, 0.0, 1.0)
+        # Infinite on whole segments where a schedule begins or ends with no increment: the outer end.
+        return xp.where(lam >= table[0], 0.0, xp.where(lam <= table[-1], 1.0 * last, inside))
 
     def rates(self, t):
         # The slopes at an integer are those to its right (at the last, to its left).
         xp, t = floating(t, self)
-        left = xp.clip(xp.floor(t), 0, self.removed.shape[0] - 2).astype(int)
-        removed, variance = (xp.asarray(a) for a in (self.removed, self.variance))
-        f = -(removed[left + 1] - removed[left]) / self.alpha(t)
+        left = xp.clip(xp.floor(t), 0, self.kept.shape[0] - 2).astype(int)
+        kept, variance = (xp.asarray(a) for a in (self.kept, self.variance))
+        f = (kept[left + 1] - kept[left]) / self.alpha(t)
         return f, variance[left + 1] - variance[left] - 2.0 * f * self.sigma(t) ** 2
 
 
@@ -129,10 +131,9 @@ def residual(
         )
     a = _increments(residual_schedule, num_steps, residual_ratio, "residual_schedule")
     b = _increments(noise_schedule, num_steps, noise_ratio, "noise_schedule")
-    # Sums from the nearer end: 1 - A and B^2 are exact where they vanish.
-    removed = np.append(0.0, np.cumsum(a))
-    removed[-1] = 1.0
-    return _build(removed, noise_scale**2 * np.append(0.0, np.cumsum(b)))
+    # Each from the end where it vanishes: 1 - A by differences would keep rounding there.
+    kept = np.append(np.cumsum(a[::-1])[::-1], 0.0)
+    return _build(kept / kept[0], noise_scale**2 * np.append(0.0, np.cumsum(b)))
 
 
 def retimed(
@@ -154,11 +155,11 @@ def retimed(
             "residual_times and noise_times must be vectors of one length of at least 3, got shapes "
             f"{first.shape} and {second.shape}"
         )
-    return _build(1.0 - process.alpha(first), np.asarray(process.sigma(second)) ** 2)
+    return _build(np.asarray(process.alpha(first)), np.asarray(process.sigma(second)) ** 2)
 
 
-def _build(removed: Any, variance: Any) -> Residual:
-    moved = np.stack([np.diff(removed), np.diff(variance)])
+def _build(kept: Any, variance: Any) -> Residual:
+    moved = np.stack([-np.diff(kept), np.diff(variance)])
     bad = np.flatnonzero((moved < -1e-12).any(0))
     if bad.size:
         i = bad[0]
@@ -166,9 +167,9 @@ def _build(removed: Any, variance: Any) -> Residual:
             f"A and B must not fall from one step to the next; from {i} to {i + 1} they change by "
             f"{moved[0][i]:.3g} and (squared) {moved[1][i]:.3g}"
         )
-    last = float(len(removed) - 1)
+    last = float(len(kept) - 1)
     return Residual(
-        removed=removed, variance=variance, t_max=last,
-        noise_time=last if removed[-1] == 1.0 else None,
-        data_time=0.0 if removed[0] == variance[0] == 0.0 else None,
+        kept=kept, variance=variance, t_max=last,
+        noise_time=last if kept[-1] == 0.0 else None,
+        data_time=0.0 if kept[0] == 1.0 and variance[0] == 0.0 else None,
     )  # fmt: skip

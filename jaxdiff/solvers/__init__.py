@@ -79,6 +79,8 @@ from jaxdiff.solvers.tableau import Start as Start
 from jaxdiff.solvers.tableau import Tableau as Tableau
 from jaxdiff.solvers.tableau import Update as Update
 from jaxdiff.solvers.tableau import assemble as assemble
+from jaxdiff.solvers.travel import time_travel as time_travel
+from jaxdiff.solvers.travel import visits as visits
 from jaxdiff.solvers.unified import unified as unified
 from jaxdiff.solvers.unified_genotype import FIXED_SCHEDULES as FIXED_SCHEDULES
 from jaxdiff.solvers.unified_genotype import Decision as Decision

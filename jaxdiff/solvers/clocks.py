@@ -38,11 +38,21 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
 
-def check_order(order: Any, highest: int, name: str = "order", lowest: int = 1) -> None:
-    """Raise ValueError unless `order` is an integer from `lowest` to `highest`."""
+def check_order(order: Any, highest: int | None, name: str = "order", lowest: int = 1) -> None:
+    """Raise ValueError unless `order` is an integer from `lowest` to `highest`, if there is one."""
     whole = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
-    if not whole or not lowest <= order <= highest:
-        raise ValueError(f"{name} must be an integer from {lowest} to {highest}, got {order!r}")
+    if not whole or order < lowest or (highest is not None and order > highest):
+        accepted = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be an integer {accepted}, got {order!r}")
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) -> None:
+    """Raise ValueError unless `value` is a scalar in [low, high], and finite; a traced one passes."""
+    if isinstance(value, (bool, str)) or np.ndim(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if is_concrete(value) and not (low <= value <= high and np.isfinite(value)):
+        accepted = f"in [{low}, {high}]" if np.isfinite(high) else f"at least {low}, and finite"
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
 
 def scale(xp: Any, integrand: str, level: Level) -> Any:

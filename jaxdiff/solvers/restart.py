@@ -11,6 +11,7 @@ from jaxdiff.grids import Grid
 from jaxdiff.solvers.combine import concatenate
 from jaxdiff.solvers.sigma import heun
 from jaxdiff.solvers.tableau import Start, Tableau
+from jaxdiff.solvers.travel import part
 
 
 class Interval(NamedTuple):
@@ -70,13 +71,13 @@ def restart(
     pieces, done = [], 0
     for place, interval in sorted(chosen, key=lambda pair: pair[0]):
         if place > done:
-            pieces.append(base(_between(grid, done, place)))
+            pieces.append(base(part(grid, done, place)))
         sub = _revisited(grid, place, interval)
         again = _entered(base(sub), sub, grid.node(place), interval.high, s_noise)
         pieces += [again] * interval.repeats
         done = place
     if done < grid.steps:
-        pieces.append(base(_between(grid, done, grid.steps)))
+        pieces.append(base(part(grid, done, grid.steps)))
     return concatenate(pieces)
 
 
@@ -96,15 +97,6 @@ def _checked(interval: Any) -> Interval:
         if not whole or count < 1:
             raise ValueError(f"{name} of an interval must be an integer >= 1, got {count!r}")
     return interval
-
-
-def _between(grid: Grid, first: int, last: int) -> Grid:
-    """Nodes first..last of a grid, as a grid."""
-    keep = slice(first, last + 1)
-    ends = (grid.ends[0] and first == 0, grid.ends[1] and last == grid.steps)
-    return dataclasses.replace(
-        grid, t=grid.t[keep], alpha=grid.alpha[keep], sigma=grid.sigma[keep], ends=ends
-    )
 
 
 def _revisited(grid: Grid, place: int, interval: Interval) -> Grid:

@@ -18,10 +18,11 @@ dx = [f x - (1 + tau^2) / 2 g^2 S] dt + tau g dW the weights are the same for ev
 of the scores cancel whenever the drift is the one that keeps p_t's marginals for its noise. So any
 sampler of that family can be corrected: `euler_maruyama` with the paper's steps, `ddpm`, `sa_solver`,
 SDE-DPM-Solver++ and Langevin correctors, whose noise moves nothing in t; tau = 1 / sqrt(b) is the
-paper's tempered noise. A sum over rows takes the weights as constant from one evaluation to the next,
-so they are of first order in the step, whatever the sampler's order. Samplers that go back up in noise
-(restarts, churn), that renew all of it (consistency), or that change level without moving (annealed
-Langevin) are none of that family, and refused.
+paper's tempered noise. Above 1 the noise mixes the particles at each level, and their weights stay
+even. A sum over rows takes the weights as constant from one evaluation to the next, so they are of
+first order in the step, whatever the sampler's order. Samplers that go back up in noise (restarts,
+churn), that renew all of it (consistency), or that change level without moving (annealed Langevin) are
+none of that family, and refused.
 """
 
 from __future__ import annotations

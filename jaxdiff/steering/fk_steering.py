@@ -39,7 +39,7 @@ from jaxdiff.noise import is_key_batch, normal
 from jaxdiff.rows import at, denoised, like
 from jaxdiff.solvers.clocks import check_choice, check_order
 from jaxdiff.solvers.tableau import Tableau
-from jaxdiff.steering.resampling import Resampler, per_sample_of
+from jaxdiff.steering.resampling import Resampler, checked, per_sample_of
 from jaxdiff.steering.scheme import allowed_rows, regrown
 
 POTENTIALS = ("difference", "max", "sum")
@@ -111,7 +111,8 @@ class FKSteering(Control):
             carry, aux = given
             aux = self._weighed(aux, self._scores(carry.registers[0]), True)
             if self.finish == "weights":
-                return carry, aux
+                kept = checked(self.resampler.grouped(aux.log_weights)).reshape(-1)
+                return carry, aux._replace(log_weights=kept)
             return self._resampled(carry, aux, key, None, None, self.finish == "resample")
 
         time = (jnp.asarray(self.scored)[row.index] & (row.active != 0)).astype(jnp.int32)
@@ -148,11 +149,14 @@ class FKSteering(Control):
             log_g = strength * (reward - aux.reward)
         else:
             log_g = strength * (best if self.potential == "max" else total)
-        log_weights = aux.log_weights + log_g
+        # What has no weight stays without: inf - inf must not become a weight or NaN.
+        dead = (aux.log_weights == -jnp.inf) | (reward == jnp.where(strength < 0, jnp.inf, -jnp.inf))
+        log_weights = jnp.where(dead, -jnp.inf, aux.log_weights + log_g)
+        log_potentials = jnp.where(dead, -jnp.inf, aux.log_potentials + log_g)
         new, old = (self._log_mean(w) for w in (log_weights, aux.log_weights))
         return aux._replace(
             log_weights=log_weights, reward=reward, best=best, total=total,
-            log_potentials=aux.log_potentials + log_g, log_normaliser=aux.log_normaliser + new - old,
+            log_potentials=log_potentials, log_normaliser=aux.log_normaliser + new - old,
         )  # fmt: skip
 
     def _log_mean(self, log_weights: Array) -> Array:
@@ -195,7 +199,8 @@ def fk_steering(
       denoiser: what is sampled, guided or not; its memory must hold no array (it is not resampled).
       tableau: with noise, unless `rows` is empty.
       reward: fn([params,] x_0) -> [batch], a module-level function. It is called where it is needed
-        only, and not differentiated.
+        only, and not differentiated. -inf (inf for lambda < 0) ends a particle, in any row: its weight
+        is 0 until another one takes its place.
       strength: lambda, of any sign; a leaf.
       params: its pytree; what belongs to samples, [batch], must be the same all over a group (and cond=
         of `sample` too).
@@ -212,7 +217,8 @@ def fk_steering(
         (the published code's log mean exp(r) has no lambda in it).
 
     Raises TypeError or ValueError for arguments out of range, rows that the tableau lacks, resampling
-    without noise, or a reward of another shape.
+    without noise, a reward of another shape, or from `sample` for a denoiser of another prediction;
+    ValueError or a run-time error for weights that are NaN, infinite or all zero in a group.
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"expected a jaxdiff.Denoiser, got {type(denoiser).__name__}")

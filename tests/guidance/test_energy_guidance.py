@@ -1,4 +1,4 @@
-"""Energies of the denoised x0: the published steps in NumPy, and time travel as a tableau."""
+"""Energies of the denoised x0: the published steps and loops in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_it_is_freedom_for_clip(x64):
     """Yu et al.'s loop in NumPy: DDPM, rho = 0.02 l1 / rms(grad), two repeats with new noise."""
     grid = jd.grids.uniform(PROCESS, 4, t_max=0.9, t_min=0.1)
     x = start = RNG.normal(size=(1, 2))
-    tableau = guidance.time_travel(grid, [1, 3, 2, 1])
+    tableau = jd.solvers.time_travel(grid, [1, 3, 2, 1])
     assert tableau.rows == 7
     noise, drawn = RNG.normal(size=(7, 1, 2)), 0
     for i, repeats in enumerate([1, 3, 2, 1]):
@@ -138,28 +138,13 @@ def test_the_backward_step_descends_without_the_jacobian(x64):
         guidance.energy_guidance(net, distance, jnp.asarray(TARGET))(x, t, alpha, sigma)
 
 
-def test_time_travel_leaves_the_distribution(x64):
-    """Without an energy, repeats change nothing of the marginal (a Gaussian, in closed form), and
-    the rows are the blocks' times their repeats."""
-    grid = jd.grids.half_log_snr(PROCESS, 30, t_max=0.97, t_min=0.05)
-    tableau = guidance.time_travel(grid, 3, length=12, base=jd.solvers.heun)
-    pieces = [jd.solvers.heun(jd.grids.half_log_snr(PROCESS, n)).rows for n in (12, 12, 6)]
-    assert abs(tableau.rows - 3 * sum(pieces)) <= 6  # Heun's last step is one row at sigma = 0
-    (_, a, s), (_, a1, s1) = grid.node(0), grid.node(30)
-    normal = np.random.default_rng(3).normal
-    x = a * MEAN + np.sqrt(a**2 * VARIANCE + s**2) * normal(size=(4000, 2))
-    y = np.asarray(jd.sample(gaussian(), tableau, jnp.asarray(x), key=jax.random.key(0)))
-    np.testing.assert_allclose(y.mean(0), a1 * MEAN, atol=0.06)
-    np.testing.assert_allclose(y.var(0), a1**2 * VARIANCE + s1**2, rtol=0.08)
-
-
 def test_an_energy_draws_samples_to_it():
     """Three components, the target in one: 21% of the samples are near it without, most with guidance
     and two passes over the middle steps."""
     o = oracles.Mixture(oracles.BROAD.means * 2, np.full(3, 0.3), oracles.BROAD.weights)
     net = jd.gaussian_mixture(o.means, o.std, o.weights, PROCESS)
     grid = jd.grids.half_log_snr(PROCESS, 15, t_max=0.97, t_min=0.05)
-    tableau = guidance.time_travel(grid, [1] * 5 + [2] * 5 + [1] * 5)
+    tableau = jd.solvers.time_travel(grid, [1] * 5 + [2] * 5 + [1] * 5)
     x_T = jax.random.normal(jax.random.key(0), (500, 2))
 
     def near(scale):
@@ -188,11 +173,3 @@ def test_bad_input_is_named():
         guidance.backward_guidance(net, distance, TARGET, 0, optax.sgd(0.1))
     with pytest.raises(TypeError, match="optax.GradientTransformation, got 0.1"):
         guidance.backward_guidance(net, distance, TARGET, 2, 0.1)
-    grid = jd.grids.half_log_snr(PROCESS, 4, end="zero")
-    with pytest.raises(ValueError, match="repeats must be a number or 4, one a block; got 2"):
-        guidance.time_travel(grid, [1, 2])
-    with pytest.raises(ValueError, match="block 3 starts at alpha = 0 or ends at sigma = 0"):
-        guidance.time_travel(grid, [1, 1, 1, 2])
-    with pytest.raises(ValueError, match="length must be an integer from 1 to 4, got 5"):
-        guidance.time_travel(grid, 2, length=5)
-    assert guidance.time_travel(grid, 2).rows == 7

@@ -67,7 +67,14 @@ def test_a_scheduled_scale_is_that_of_each_row():
     "make, message",
     [
         (lambda: schedules.linear(0.0, np.inf), "must be finite"),
-        (lambda: schedules.linear(0.0, 1.0, over=(0.5, 0.5)), "two different finite values"),
+        (lambda: schedules.linear(0.0, 1.0, over=(0.5, 0.5)), "from noise to data t falls"),
+        (lambda: schedules.linear(0.0, 1.0, over=(0.0, 1.0)), "from noise to data t falls"),
+        (lambda: schedules.linear(0.0, 1.0, over=(np.inf, 0.0)), "two finite values"),
+        (lambda: schedules.linear(0.0, 1.0, clock="half_log_snr"), r"needs over=\(noise, data\)"),
+        (
+            lambda: schedules.cosine(0.0, 1.0, over=(1.0, 0.0), clock="half_log_snr"),
+            "from noise to data half_log_snr rises",
+        ),
         (lambda: schedules.linear(0.0, 1.0, clock="step"), "clock must be one of"),
         (lambda: schedules.power(0.0, 1.0, 0.0), "exponent must be positive"),
         (lambda: schedules.beta(1.0, 0.5, 2.0), "at least 1"),

@@ -65,6 +65,25 @@ def test_the_choice_is_the_published_one(x64, criterion):
     assert np.all(both["mask"] == 1) and both["taken"] == 2
 
 
+def test_a_candidate_measured_in_part_is_taken_once():
+    """Of two columns, the upper half of each measured: two acquisitions take both, in some order."""
+    groups, mask = np.array([0, 1, 0, 1]), np.array([1.0, 1.0, 0.0, 0.0])
+    x, y = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4))), np.ones((2, 4))
+    active = active_dps(
+        mixture(), inpainting(np.ones(4)), y, 3, [0.9, 0.8], groups=groups, mask=mask
+    )
+    memory = active.memory
+    for _ in range(2):
+        _, memory = active.evaluate(x, *LEVEL, None, memory)
+    assert np.sort(memory["order"], axis=1).tolist() == [[0, 1], [0, 1]]
+    assert np.all(memory["mask"] == 1)
+    full = np.array([1.0, 0.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="2 acquisitions, but 1 candidates"):
+        active_dps(
+            mixture(), inpainting(np.ones(4)), y, 3, [0.9, 0.8], groups=groups, mask=full
+        )
+
+
 def test_with_everything_measured_it_is_dps(x64):
     """And it sees of y what the mask has: another y elsewhere changes nothing."""
     net, mask = mixture(), np.array([1.0, 0.0, 1.0, 0.0])

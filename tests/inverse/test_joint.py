@@ -1,5 +1,7 @@
 """Joint sampling of two priors (Stevens et al. 2023, 2024): steps, exact posteriors, and hazy digits."""
 
+import dataclasses
+
 import exact_digits
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxdiff.inverse import (
     joint_prior,
     joint_projection,
     matrix,
-    superposition,
+    mixed_measurement,
 )
 
 KEY = jax.random.key(0)
@@ -46,7 +48,7 @@ def test_the_steps_are_the_published_ones(x64):
     unit = residual / np.linalg.norm(residual, axis=1, keepdims=True)
     want = {"x": 0.7 * unit @ a @ jacobian["x"], "h": 0.2 * unit @ jacobian["h"]}
     denoisers = {k: gaussian(mean[k], covariance[k]) for k in mean}
-    known = superposition(y, 0.1, "h", x=matrix(a))
+    known = mixed_measurement(y, 0.1, "h", x=matrix(a))
     net = joint_dps(denoisers, known, {"x": 0.7, "h": 0.2})
     assert net.cost == 2
     got, correction = jax.jit(lambda s: net(s, *LEVEL))(jax.tree.map(jnp.asarray, state))
@@ -60,15 +62,14 @@ def test_the_projection_is_the_published_one(x64):
     rng = np.random.default_rng(1)
     a, y = rng.normal(size=(2, 3)), rng.normal(size=(4, 2))
     grid = jd.grids.half_log_snr(PROCESS, 1, t_max=0.7, t_min=0.2)
-    known = superposition(y, 0.0, "h", x=matrix(a))
+    known = mixed_measurement(y, 0.0, "h", x=matrix(a))
     strengths = {"x": 0.3, "h": 0.5}
     prior = joint_prior(
         {"x": gaussian(np.zeros(3), np.eye(3)), "h": gaussian(np.ones(2), np.eye(2))}
     )
     start = {"x": jnp.asarray(rng.normal(size=(4, 3))), "h": jnp.asarray(rng.normal(size=(4, 2)))}
-    tableau = jd.solvers.ddim(grid)
+    tableau, control = joint_projection(grid, known, strengths, jd.solvers.ddim)
     plain = jd.sample(prior, tableau, start)
-    control = joint_projection(grid, known, strengths)
     # y_hat is random: the two sources tell the same one.
     got = jd.sample(prior, tableau, start, KEY, control=control)
     apart = (plain["h"] - got["h"]) / 0.5
@@ -95,7 +96,7 @@ def test_gaussians_have_their_exact_posterior(x64):
     gain = prior @ see.T @ np.linalg.inv(see @ prior @ see.T + noise)
     want = m + (seen - m @ see.T) @ gain.T
     denoisers = {k: gaussian(mean[k], std[k] ** 2 * np.eye(len(mean[k]))) for k in mean}
-    net = joint_pigdm(denoisers, superposition(y, 0.3, "h", x=matrix(a)), std)
+    net = joint_pigdm(denoisers, mixed_measurement(y, 0.3, "h", x=matrix(a)), std)
     got = jax.jit(lambda s: net(s, *LEVEL))(jax.tree.map(jnp.asarray, state))
     np.testing.assert_allclose(np.concatenate([got["x"], got["h"]], 1), want, rtol=1e-4, atol=1e-5)
 
@@ -110,7 +111,7 @@ def test_swapped_priors_swap_the_outputs():
 
     def run(first, second):
         pair = {"x": nets[first], "h": nets[second]}
-        net = joint_dps(pair, superposition(y, 0.1, "x", "h"), {"x": 0.4, "h": 0.4})
+        net = joint_dps(pair, mixed_measurement(y, 0.1, "x", "h"), {"x": 0.4, "h": 0.4})
         return jd.sample(net, tableau, {"x": x_T[first], "h": x_T[second]})
 
     ours, swapped = run(0, 1), run(1, 0)
@@ -139,7 +140,7 @@ def test_digits_without_their_haze():
     x_T = {k: PROCESS.prior(jax.random.key(i), y.shape) for i, k in enumerate(pair)}
     grid = jd.grids.half_log_snr(PROCESS, 100, end="zero")
     tableau = corrected(jd.solvers.ddim(grid))
-    joint = joint_dps(pair, superposition(y, std, "x", "h"), {"x": 0.5, "h": 0.5})
+    joint = joint_dps(pair, mixed_measurement(y, std, "x", "h"), {"x": 0.5, "h": 0.5})
     found = jax.tree.map(np.asarray, jd.sample(joint, tableau, x_T))
 
     def psnr(x):
@@ -154,22 +155,93 @@ def test_digits_without_their_haze():
     assert np.std(y - found["x"] - found["h"]) < 2 * std
 
 
+PAIR = {"x": gaussian(np.ones(3), np.eye(3)), "h": gaussian(np.zeros(3), np.eye(3))}
+KNOWN = mixed_measurement(np.ones((4, 3)), 0.1, "x", "h")
+ONES = {"x": 1.0, "h": 1.0}
+FLOW = jd.grids.uniform(jd.processes.flow(), 2)
+
+
+def states(batch):
+    return {k: jax.random.normal(jax.random.key(i), (batch, 3)) for i, k in enumerate(PAIR)}
+
+
+def test_pure_noise_is_a_start():
+    """At alpha = 0 the denoised x_0 does not depend on x_t: the step is the unguided one."""
+    base = jd.solvers.ddim(FLOW)
+    first = dict(t=1.0, alpha=0.0, sigma=1.0)
+    x0, correction = joint_dps(PAIR, KNOWN, ONES)(states(4), **first)
+    np.testing.assert_allclose(x0["x"], 1.0, atol=1e-6)
+    np.testing.assert_allclose(correction["x"], 0.0, atol=1e-6)
+    x = jd.sample(joint_dps(PAIR, KNOWN, ONES), corrected(base), states(4))
+    assert np.all(np.isfinite(x["x"])) and np.abs(x["x"] + x["h"] - 1).max() < 3
+    with pytest.raises(ValueError, match="joint_pigdm: .* at alpha = 0"):
+        jd.sample(joint_pigdm(PAIR, KNOWN, ONES), base, states(4))
+
+
+def _counted(params, x, levels, cond=None, memory=None):
+    return params * x, memory + 1
+
+
+def _refuse(params, batch, cond, alpha):
+    if cond is None:
+        raise ValueError("this source needs cond")
+
+
+def test_sources_keep_their_memory_and_their_checks():
+    """A source's memory goes on from call to call, and what it asks of a call is asked."""
+    counts = jd.Denoiser(_counted, "x0", jnp.asarray(0.5), jd.denoisers.level, jnp.zeros(()))
+    prior = joint_prior({"x": counts, "h": PAIR["h"]})
+    state = jd.sample(prior, jd.solvers.ddim(FLOW), states(4), save="state")
+    assert state.memory["x"] == 2
+    asks = dataclasses.replace(PAIR["x"], fn=Asks())
+    with pytest.raises(ValueError, match="this source needs cond"):
+        jd.sample(joint_prior({"x": asks, "h": PAIR["h"]}), jd.solvers.ddim(FLOW), states(4))
+
+
+class Asks:
+    check = staticmethod(_refuse)
+
+    def __call__(self, params, x, levels, cond=None):
+        return x
+
+
+def test_the_state_is_that_of_the_measurement():
+    tableau, control = joint_projection(FLOW, KNOWN, ONES)
+    assert tableau.rows == 2
+    for run in (
+        lambda x: jd.sample(joint_dps(PAIR, KNOWN, ONES), corrected(jd.solvers.ddim(FLOW)), x),
+        lambda x: jd.sample(joint_prior(PAIR), tableau, x, KEY, control=control),
+    ):
+        with pytest.raises(ValueError, match=r"source 'x' has shape \(3, 3\), .* of \(4, 3\)"):
+            run(states(3))
+        with pytest.raises(ValueError, match=r"dictionary of \['h', 'x'\], got \['x'\]"):
+            run({"x": jnp.zeros((4, 3))})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: superposition(np.ones((2, 3)), 0.1, "x"), ValueError, "at least two sources"),
+        (lambda: joint_projection(FLOW, KNOWN, {"x": -5.0, "h": 1.0}), ValueError, "'x'.*-5.0"),
+        (lambda: joint_projection(FLOW, KNOWN, {"x": 1.0, "h": np.nan}), ValueError, "'h'.*nan"),
         (
-            lambda: superposition(np.ones((2, 3)), 0.1, "h", x=matrix(np.eye(2))),
+            lambda: joint_projection(
+                FLOW, KNOWN, ONES, lambda grid: jd.solvers.time_travel(grid, 2)
+            ),
+            ValueError, "one row a step, 2 here; got 1 registers and",
+        ),
+        (lambda: mixed_measurement(np.ones((2, 3)), 0.1, "x"), ValueError, "at least two sources"),
+        (
+            lambda: mixed_measurement(np.ones((2, 3)), 0.1, "h", x=matrix(np.eye(2))),
             ValueError, r"source 'x' measures \(2,\), y is of \(3,\)",
         ),
         (
             lambda: joint_dps(
                 {"x": gaussian(np.zeros(3), np.eye(3))},
-                superposition(np.ones((2, 3)), 0.1, "x", "h"), {"x": 1.0, "h": 1.0},
+                mixed_measurement(np.ones((2, 3)), 0.1, "x", "h"), {"x": 1.0, "h": 1.0},
             ),
             ValueError, r"sources are \['h', 'x'\], the denoisers \['x'\]",
         ),
-        (lambda: joint_dps({}, 3.0, {}), TypeError, "joint_dps takes a superposition, got float"),
+        (lambda: joint_dps({}, 3.0, {}), TypeError, "joint_dps takes a mixed_measurement, got float"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(call, error, message):

@@ -63,6 +63,21 @@ def test_measuring_adds_noise_where_something_is_measured():
     np.testing.assert_allclose(got.residual(x), noise, atol=1e-6)
 
 
+def test_noise_stays_off_what_is_not_reached():
+    """Behind a mask, without a closed form; and on the range of a matrix that has not full rank."""
+    mask = np.random.default_rng(0).random((6, 6)) < 0.5
+    behind = inverse.inpainting(mask) @ inverse.blur((6, 6), np.full((3, 3), 1 / 9), "reflect")
+    y = inverse.measure(behind, jnp.zeros((50, 6, 6)), 1.0, jax.random.key(0)).y
+    np.testing.assert_array_equal(y[:, ~mask], 0)
+    np.testing.assert_allclose(y[:, mask].std(), 1.0, rtol=0.1)
+    line = np.array([1.0, 2.0, 3.0])
+    low = inverse.matrix(np.outer(line, [1.0, -1.0, 0.5]))
+    y = inverse.measure(low, jnp.zeros((50, 3)), 1.0, jax.random.key(0)).y
+    along = y @ line / np.linalg.norm(line)
+    np.testing.assert_allclose(y, along[:, None] * line / np.linalg.norm(line), atol=1e-5)
+    np.testing.assert_allclose(along.std(), 1.0, rtol=0.3)
+
+
 def test_one_measurement_serves_a_batch_and_rows_of_y_serve_their_own():
     x, y = jnp.ones((2, 3)), jnp.asarray([[2.0, 0.0, 3.0], [4.0, 0.0, 5.0]])
     np.testing.assert_array_equal(inverse.Measurement(MASKED, y, 0).residual(x)[1], [3, 0, 4])

@@ -91,6 +91,32 @@ def test_solve_and_pinv_against_dense_algebra(name):
     np.testing.assert_allclose(flat(found["pinv"]), want, atol=atol)
 
 
+def test_the_pseudo_inverse_is_whole_at_the_size_of_images():
+    """float32, 256 x 256 x 3: a blur whose gain is 0.2 to 1 is undone, and a bicubic reduction."""
+    shape = (256, 256, 3)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, *shape)), jnp.float32)
+    kernel = np.zeros((3, 3))
+    kernel[1, 1], kernel[0, 1], kernel[2, 1], kernel[1, 0], kernel[1, 2] = 0.6, 0.1, 0.1, 0.1, 0.1
+    op = inverse.blur(shape, kernel)
+    np.testing.assert_allclose(op.pinv(op(x)), x, atol=1e-4)
+    np.testing.assert_allclose(op.solve(op(op.adjoint(x)), 0.0), x, atol=1e-3)
+    down = inverse.bicubic_down(shape, 4)
+    y = x[:, :64, :64]
+    np.testing.assert_allclose(down(down.pinv(y)), y, atol=1e-4)
+
+
+def test_a_matrix_without_full_rank():
+    """In float32 too what rounding leaves of a singular value of 0 is not divided by."""
+    rng = np.random.default_rng(0)
+    dense = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 5))
+    op, y = inverse.matrix(dense), rng.normal(size=(3, 6))
+    inverted = np.linalg.pinv(dense, rcond=1e-10)
+    seen = jnp.asarray(y, jnp.float32)
+    np.testing.assert_allclose(op.pinv(seen), y @ inverted.T, atol=1e-4)
+    want = y @ inverted.T @ inverted
+    np.testing.assert_allclose(op.solve(seen, 0.0), want, atol=1e-4)
+
+
 def test_convolution_is_scipys(x64):
     x = np.random.default_rng(0).normal(size=(1, *IMAGE))
     scipy_modes = {"wrap": "wrap", "reflect": "mirror", "symmetric": "reflect", "edge": "nearest",

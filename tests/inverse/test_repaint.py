@@ -60,6 +60,8 @@ def test_bad_input_is_named(net):
         inverse.repaint(grid, KNOWN, np.array([1, 0, 1]))
     with pytest.raises(ValueError, match="length must be less than the 3 steps"):
         inverse.repaint(grid, KNOWN, MASK)
+    with pytest.raises(ValueError, match="one register and one row a step, got 2 registers"):
+        inverse.repaint(grid, KNOWN, MASK, 1, 2, jd.solvers.heun)
     table, control = inverse.repaint(grid, KNOWN, MASK, length=1, repeats=2)
     noise = jnp.zeros((table.draws, 4, 2))
     with pytest.raises(ValueError, match="sample needs key="):

@@ -1,5 +1,7 @@
 """DDNM, DDNM+ and DDRM against their published steps in NumPy, and on Gaussian data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,8 @@ def test_time_travel_of_ddnm_and_ddnm_plus_agree(x64):
     """Without noise they are one sampler, also on the way up."""
     grid, m = grid_of(6), measured(0.0)
     plus, control = inverse.ddnm_plus(network(), grid, m, 0.85, length=2, repeats=3)
-    base = jd.solvers.ddim(grid, 0.85, outputs=2, noise_scale="full")
-    table = inverse.time_travel(base, grid, length=2, repeats=3)
+    base = functools.partial(jd.solvers.ddim, eta=0.85, outputs=2, noise_scale="full")
+    table = jd.solvers.time_travel(grid, 3, length=2, base=base)
     noise = RNG.normal(size=(table.draws, 5, 16))
     assert plus.nfe == table.nfe == 14 and plus.draws == table.draws == 13
     one = jd.sample(inverse.ddnm(network(), m), table, START, noise=noise)

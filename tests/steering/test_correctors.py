@@ -67,14 +67,14 @@ def plain(mixtures, exponents):
 def test_annealing():
     """Skreta et al. (2025): KS below 0.02 at b = 2 (2e4 particles), and above 0.04 without weights.
 
-    From the exact square at a noise of 5. With their noise (tau = 1) the distance is 0.015 to 0.04 by
-    chance, as particles lose ancestors; resampled in every row 0.011 to 0.019. With tau = 2 the weights
-    stay even: 0.009.
+    From the exact square at a noise of 5, half the particles. With the paper's noise (tau = 1) 2e4 are
+    at 0.015 to 0.04 by chance, as they lose ancestors, or 0.011 to 0.019 resampled in every row. With
+    tau = 2 the weights stay even, and the distance is 0.009 whatever the key.
     """
     cdf = target_cdf([WHOLE], [2.0])
     far = np.linspace(-25.0, 25.0, 20_001)
     noised = np.cumsum(np.exp(2.0 * WHOLE.log_density(far[:, None], 1.0, 5.0)))
-    u = np.random.default_rng(0).random((20_000, 1))
+    u = np.random.default_rng(0).random((10_000, 1))
     x_T = jnp.asarray(np.interp(u, noised / noised[-1], far), jnp.float32)
     grid = jd.grids.karras(jd.processes.edm(0.01, 5.0), 500)
 
@@ -83,9 +83,6 @@ def test_annealing():
 
     x, log_weights, _ = run([WHOLE], [2.0], noisy, grid, x_T=x_T)
     assert ks(x, log_weights, cdf) < 0.02
-    x, log_weights, aux = run([WHOLE], [2.0], grid=grid, x_T=x_T[:10_000], threshold=1.0)
-    assert ks(x, log_weights, cdf) < 0.04
-    assert np.all(log_weights == 0) and int(aux.resamplings[0]) == 500
     assert ks(*plain([WHOLE], [2.0]), cdf) > 0.04
 
 

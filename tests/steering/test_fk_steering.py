@@ -180,6 +180,64 @@ def _far(x):
     return 1e3 * x[:, 0]
 
 
+def after_rows(control, *predicted):
+    """The control's state after rows whose network says these x_0; the last one's state is that."""
+    after, aux = jax.jit(control.after), control.init(jnp.zeros(len(predicted[0])))
+    for r, x0 in enumerate(predicted):
+        row = jd.integrator.RowInfo(jnp.asarray(r), *map(jnp.float32, (0.5, 0.6, 0.8, 1.0)))
+        out = jnp.asarray(x0, jnp.float32)
+        carry = jd.Carry((out,), ())
+        carry, aux = after(aux, row, out, out, out, carry, jax.random.key(0))
+    return carry.registers[0], aux
+
+
+def _infinite_beyond_5(x):
+    return jnp.where(jnp.abs(x) > 5, jnp.copysign(jnp.inf, x), x)
+
+
+@pytest.mark.parametrize("potential, sign", [("difference", 1.0), ("max", -1.0), ("sum", 1.0)])
+def test_a_reward_of_minus_infinity_ends_the_particle(potential, sign):
+    """Without resampling it keeps no weight, whatever its rewards are later, and the others keep theirs:
+    exp(lambda r(x_0)), a quarter of whose sum is the estimate of the normaliser. For lambda < 0 it is a
+    reward of infinity. Resampled, it goes.
+    """
+    table = jd.solvers.ddpm(jd.grids.half_log_snr(PROCESS, 3))
+    net = jd.Denoiser(_half, "x0")
+    ended, final = sign * np.array([0.1, -9.0, 0.3, 0.2]), np.array([1.0, 2.0, 0.5, 0.0])
+    rows, power = (ended, [0.0, 0.5, 1.0, 0.0]), sign * 2.0
+    args, options = (net, table, _infinite_beyond_5, power), dict(potential=potential, particles=4)
+    control = fk_steering(*args, threshold=0.0, finish="weights", **options)
+    _, aux = after_rows(control, *rows, final)
+    want = np.exp(power * final) * [1, 0, 1, 1]
+    np.testing.assert_allclose(np.exp(aux.log_weights), want, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(aux.log_normaliser), want.mean(), rtol=1e-5)
+    assert not any(np.any(np.isnan(leaf)) for leaf in aux)
+    if potential == "difference":
+        control = fk_steering(*args, threshold=1.0, **options)
+        _, aux = after_rows(control, *rows, final)
+        assert 1 not in np.asarray(aux.ancestor) and np.all(np.isfinite(aux.log_potentials))
+
+
+@pytest.mark.parametrize("finish", ["resample", "weights"])
+def test_rewards_that_leave_no_weight_are_an_error(finish):
+    """Not a number, or none of a group above -inf; without intermediate rows too."""
+    table = jd.solvers.ddpm(jd.grids.half_log_snr(PROCESS, 1))
+    control = fk_steering(
+        jd.Denoiser(_half, "x0"), table, _itself, 1.0, rows=(), particles=2, finish=finish
+    )
+    for rewards in ([0.0, np.nan, 0.0, 0.0], [0.0, 0.0, -np.inf, -np.inf]):
+        with pytest.raises(Exception, match="degenerate weights"):
+            after_rows(control, rewards)
+
+
+def test_another_denoiser_than_the_control_s_is_noticed():
+    """Read as what it is not, its output would be rewarded for a wrong x_0."""
+    control = fk_steering(NET, TABLE, linear, 1.0, DIRECTION, particles=2)
+    other = jd.gaussian_mixture(MEANS, STDS, SHARES, PROCESS, "eps")
+    with pytest.raises(ValueError, match="predicts 'v', and the one to sample predicts 'eps'"):
+        jd.sample(other, TABLE, X_T[:4], jax.random.key(0), control=control)
+
+
 def test_rewards_are_evaluated_where_they_are_asked_for():
     calls = []
 
