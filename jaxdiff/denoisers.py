@@ -143,8 +143,9 @@ def wrap(
     `evaluate(x, t, alpha, sigma, cond)` calls the inner denoiser and keeps its memory. `strengths`
     are traced leaves. For guidance, thresholding and the like; `fn` must be a module-level
     function, or an object; one that changes cond has a method `check(check, strengths, cond)` that
-    calls `check` with every cond it evaluates (see `Denoiser`). Sampling raises
-    ValueError where the inner denoiser leaves `prediction` unknown (`check_known`).
+    calls `check` with every cond it evaluates (see `Denoiser`), and one whose strengths may not
+    fit `check_strengths(strengths, batch, alpha)`. Sampling raises ValueError where the inner denoiser
+    leaves `prediction` unknown (`check_known`).
     """
     return Denoiser(
         fn=_Wrapped(fn, (prediction,) if isinstance(prediction, str) else tuple(prediction)),
@@ -179,6 +180,8 @@ class _Wrapped:
         def check(cond):
             inner.check(batch, cond, alpha, t)
 
+        if hasattr(self.fn, "check_strengths"):
+            self.fn.check_strengths(strengths, batch, alpha)
         if hasattr(self.fn, "check"):
             self.fn.check(check, strengths, cond)
         else:

@@ -28,6 +28,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     dot,
     extrapolated,
     filled,
@@ -143,7 +144,8 @@ class _Adaptive:
         need_cond(cond, "adaptive guidance")
         if self.batch not in (None, batch):
             raise ValueError(f"adaptive guidance was made for a batch of {self.batch}, got {batch}")
-        denoiser, (_, null, _) = params
+        denoiser, (scale, null, _) = params
+        check_scale(scale, batch)
         denoiser.check(batch, cond, alpha)
         denoiser.check(batch, null, alpha)
 

@@ -30,6 +30,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     extrapolated,
     filled,
     need_cond,
@@ -200,9 +201,11 @@ class _Perturbed:
         return out
 
     def check(self, params, batch, cond, alpha):
-        denoiser, (_, more) = params
+        denoiser, (scale, more) = params
+        check_scale(scale, batch)
         denoiser.check(batch, cond, alpha)
         if more is not None:
+            check_scale(more[0], batch, "guidance")
             need_cond(cond, "perturbed_attention with guidance")
             denoiser.check(batch, more[1], alpha)
 
@@ -281,6 +284,7 @@ class _Blurred:
         return jax.tree.map(jnp.add, out, times(strength, jax.tree.map(jnp.subtract, out, moved)))
 
     def check(self, params, batch, cond, alpha):
+        check_scale(params[1][0], batch)
         params[0].check(batch, cond, alpha)
 
 

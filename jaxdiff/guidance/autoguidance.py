@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxdiff.denoisers import Denoiser, check_known, check_single, level
-from jaxdiff.guidance.together import Scale, as_scale, at_level, extrapolated, wide
+from jaxdiff.guidance.together import Scale, as_scale, at_level, check_scale, extrapolated, wide
 from jaxdiff.predictions import convert
 
 
@@ -67,5 +67,6 @@ class _Auto:
     def check(self, params, batch, cond, alpha):
         for model, given in zip(params[0], self._conds(cond)):
             model.check(batch, given, alpha)
+        check_scale(params[1], batch)
         good, bad = self.predictions
         check_known(bad, good, alpha, "autoguidance, the bad model")

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxdiff.arrays import as_arrays, is_concrete, to_batch
 from jaxdiff.denoisers import Denoiser, check_single, wrap
+from jaxdiff.guidance.together import Scale, as_scale, at_level, check_scale
 from jaxdiff.mixtures import GaussianMixture
 from jaxdiff.predictions import affine
 from jaxdiff.processes.base import Process
@@ -33,7 +35,7 @@ Classifier = Callable[[Any, Array, tuple[Any, Any, Any]], Array]
 
 def classifier_guidance(
     denoiser: Denoiser, classifier: Classifier, params: Any, label: ArrayLike,
-    scale: ArrayLike = 1.0, temperature: ArrayLike = 1.0,
+    scale: Scale = 1.0, temperature: ArrayLike = 1.0,
 ) -> Denoiser:  # fmt: skip
     """score + s grad_x log p(y | x_t): s = 1 is the conditional denoiser, s = 0 the denoiser itself.
 
@@ -50,16 +52,18 @@ def classifier_guidance(
         `num_classes` has its labels checked.
       params: its pytree.
       label: y, integers, a scalar or [batch].
-      scale: s, a scalar or [batch].
+      scale: s, a number, [batch] or a function of (t, alpha, sigma).
       temperature: the logits are divided by it, positive. Above 1 it makes p(y | x_t) less certain.
 
     Parameters, labels, scales and temperatures are leaves: new ones compile nothing. Raises TypeError
-    for labels that are not integers, ValueError for labels out of range, for a temperature that is
-    not positive, or a denoiser of several predictions.
+    for labels that are not integers, ValueError for labels out of range, for a scale that is not
+    finite, a temperature that is not positive, or a denoiser of several predictions; and, when run,
+    what `equinox.error_if` raises for a label beyond the classes of the logits.
     """
     check_single(denoiser, "classifier_guidance")
     check_label(label, getattr(classifier, "num_classes", None))
     check_positive_number("temperature", temperature)
+    scale = as_scale(scale, "classifier_guidance")
     strengths = as_arrays((params, jnp.asarray(label), scale, temperature))
     return wrap(_Guided(classifier, denoiser.prediction), denoiser, strengths, denoiser.prediction)
 
@@ -68,6 +72,11 @@ def classifier_guidance(
 class _Guided:
     classifier: Classifier
     prediction: str
+
+    def check_strengths(self, strengths, batch, alpha):
+        _, label, scale, *_ = strengths
+        check_scale(label, batch, "labels")
+        check_scale(scale, batch)
 
     def __call__(self, evaluate, strengths, x, levels, cond):
         params, label, scale, temperature = strengths
@@ -78,16 +87,16 @@ class _Guided:
             return jnp.sum(jax.nn.log_softmax(logits) * chosen(label, logits))
 
         gradient = jax.grad(log_p)(x)
-        return add_to_score(out, gradient, scale, self.prediction, *levels[1:])
+        return add_to_score(out, gradient, at_level(scale, levels), self.prediction, *levels[1:])
 
 
 def chosen(label: Array, logits: Float[Array, "batch classes"]) -> Array:
-    """One-hot rows of the labels, a scalar or [batch]; NaN where there is no such class."""
+    """One-hot rows of the labels, a scalar or [batch]; a run-time error where there is no such class."""
     classes = logits.shape[-1]
+    unknown = (label < 0) | (label >= classes)
+    label = eqx.error_if(label, unknown, f"labels must be from 0 to {classes - 1}")
     label = jnp.broadcast_to(label, logits.shape[:1])
-    one_hot = jax.nn.one_hot(label, classes, dtype=logits.dtype)
-    known = (label >= 0) & (label < classes)
-    return jnp.where(known[:, None], one_hot, jnp.nan)
+    return jax.nn.one_hot(label, classes, dtype=logits.dtype)
 
 
 def add_to_score(

@@ -18,6 +18,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     dot,
     extrapolated,
     filled,
@@ -26,6 +27,7 @@ from jaxdiff.guidance.together import (
     together,
 )
 from jaxdiff.predictions import convert
+from jaxdiff.processes.base import Process
 
 INTERVAL_CLOCKS = ("t", "half_log_snr", "noise_level")
 
@@ -33,6 +35,7 @@ INTERVAL_CLOCKS = ("t", "half_log_snr", "noise_level")
 def classifier_free(
     denoiser: Denoiser, scale: Scale, null_cond: Any, *,
     interval: tuple[ArrayLike, ArrayLike] | None = None, rescale: ArrayLike = 0.0,
+    process: Process | None = None,
 ) -> Denoiser:  # fmt: skip
     """uncond + s (cond - uncond): s = 1 is conditional, s = 0 unconditional.
 
@@ -51,6 +54,8 @@ def classifier_free(
         with a sample's standard deviations over all its elements (of each leaf): Lin, Liu, Li & Yang,
         "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), section 3.4, for 0.7 and
         a v-network. It is applied to what the network predicts.
+      process: if given, the interval must lie in its time. Without it times above the sampler's are no
+        error: they mean no guidance.
 
     Raises ValueError for a network without conditions, one of several predictions, a scale or a share
     that is out of range, and when sampling without `cond`.
@@ -61,12 +66,12 @@ def classifier_free(
     more = (jnp.asarray(rescale, jnp.result_type(float)),) if rescaled else ()
     rule = _rescaled if rescaled else _plain
     guided = pair_guided(rule, denoiser, scale, null_cond, denoiser.prediction, more)
-    return guided if interval is None else limited(guided, denoiser, *interval)
+    return guided if interval is None else limited(guided, denoiser, *interval, process=process)
 
 
 def limited(
     guided: Denoiser, otherwise: Denoiser, low: ArrayLike, high: ArrayLike, clock: str = "t",
-    process: Any = None,
+    process: Process | None = None,
 ) -> Denoiser:  # fmt: skip
     """`guided` at the noise levels from `low` to `high` (both included), `otherwise` at the others.
 
@@ -84,7 +89,7 @@ def limited(
     Arguments:
       low, high: of the clock; leaves. An infinite one leaves that side open.
       clock: "t"; "half_log_snr", log(alpha / sigma); or "noise_level", sigma / alpha, the paper's.
-      process: if given, low and high must lie in its span.
+      process: if given, finite low and high must lie in its span.
 
     Raises ValueError for an unknown clock, an empty interval, or one outside the time: below 0 in "t"
     and "noise_level", or out of the process's span.
@@ -101,13 +106,15 @@ def limited(
         with np.errstate(divide="ignore"):
             log = np.log if is_concrete(low, high) else jnp.log
             low, high = -log(high), -log(low)
-    # A step of float32 beyond either end: stitch leaves out the first switch, and t may be rounded.
-    up, down = (
-        lambda v, toward=toward: jnp.nextafter(jnp.asarray(v, jnp.float32), jnp.float32(toward))
-        for toward in (np.inf, -np.inf)
-    )
-    switches = jnp.stack([up(high), down(low)] if clock == "t" else [down(low), up(high)])
-    clock = "t" if clock == "t" else "half_log_snr"
+    # Beyond either end, as stitch leaves out the first switch and levels are rounded: by a step of
+    # float32 in t, by what two logarithms and their difference may lose in the others.
+    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    if clock == "t":
+        low, high = jnp.nextafter(low, -jnp.inf), jnp.nextafter(high, jnp.inf)
+    else:
+        clock, room = "half_log_snr", 4.0 * jnp.finfo(jnp.float32).eps
+        low, high = low - room * (1.0 + jnp.abs(low)), high + room * (1.0 + jnp.abs(high))
+    switches = jnp.stack([high, low] if clock == "t" else [low, high])
     return stitch([otherwise, guided, otherwise], switches, clock)
 
 
@@ -177,6 +184,9 @@ def pair_guided(
 @dataclasses.dataclass(frozen=True)
 class _Pair:
     rule: Callable
+
+    def check_strengths(self, strengths, batch, alpha):
+        check_scale(strengths[0], batch)
 
     def check(self, check, strengths, cond):
         need_cond(cond, "classifier-free guidance")

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxdiff.arrays import as_arrays
 from jaxdiff.denoisers import Denoiser, check_single, level
@@ -31,6 +30,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     filled,
     keeping,
     times,
@@ -182,11 +182,7 @@ class _Composed:
 
     def check(self, experts, batch, cond, alpha):
         for weight in experts.weights:
-            if not callable(weight) and np.shape(weight) not in ((), (batch,)):
-                raise ValueError(
-                    f"a weight must be a number or [batch] = ({batch},), got shape "
-                    f"{np.shape(weight)}"
-                )
+            check_scale(weight, batch, "a weight")
         conds = self._conditions(experts, cond)
         denoisers = experts.denoisers * (len(conds) if self.joint else 1)
         if experts.null is not None:

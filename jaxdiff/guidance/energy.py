@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from jaxdiff.arrays import as_arrays
 from jaxdiff.denoisers import Denoiser, check_single, wrap
 from jaxdiff.guidance.classifier import add_to_score
+from jaxdiff.guidance.together import Scale, as_scale, at_level, check_scale
 from jaxdiff.predictions import convert
 from jaxdiff.solvers.clocks import check_choice, check_order
 
@@ -47,7 +48,7 @@ def check_memoryless(denoiser: Denoiser, what: str) -> None:
 
 
 def energy_guidance(
-    denoiser: Denoiser, energy: Energy, params: Any, scale: ArrayLike = 1.0, size: str = "score",
+    denoiser: Denoiser, energy: Energy, params: Any, scale: Scale = 1.0, size: str = "score",
     keep_eps: bool = False,
 ) -> Denoiser:  # fmt: skip
     """score - s grad_{x_t} E(x0^(x_t)): s = 0 is the denoiser itself; the module has the sizes.
@@ -64,14 +65,15 @@ def energy_guidance(
       denoiser: any single prediction; without memory.
       energy: see the module; a module-level function or a hashable object.
       params: its pytree.
-      scale: s, a scalar or [batch]; a leaf.
+      scale: s, a number, [batch] or a function of (t, alpha, sigma); a leaf.
       keep_eps: predict ("x0", "eps") with eps unguided; otherwise the denoiser's own prediction.
 
-    Raises ValueError for an unknown size, or a denoiser of several predictions or with memory; and,
-    when traced, for an energy that is not [batch].
+    Raises ValueError for an unknown size, a scale that is not finite, or a denoiser of several
+    predictions or with memory; and, when traced, for an energy that is not [batch].
     """
     check_memoryless(denoiser, "energy_guidance")
     check_choice("size", size, SIZES)
+    scale = as_scale(scale, "energy_guidance")
     guided = _Guided(energy, denoiser.prediction, size, bool(keep_eps))
     prediction = ("x0", "eps") if keep_eps else denoiser.prediction
     return wrap(guided, denoiser, as_arrays((params, scale)), prediction)
@@ -84,8 +86,11 @@ class _Guided:
     size: str
     keep_eps: bool
 
+    def check_strengths(self, strengths, batch, alpha):
+        check_scale(strengths[1], batch)
+
     def __call__(self, evaluate, strengths, x, levels, cond):
-        params, scale = strengths
+        params, scale = strengths[0], at_level(strengths[1], levels)
         alpha, sigma = levels[1:]
 
         def of_x0(y):

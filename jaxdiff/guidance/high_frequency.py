@@ -5,8 +5,9 @@ the state is moved, some times over, against the gradient of
 
     L = 1/2 (|F(x0^) - F(y)|^2 + |S(x0^) - S(y)|^2) exp(-lam t),
 
-the means over pixels, where y is the input image, x0^ the denoised of the state, F the luminance
-without its low frequencies, and S its Sobel edges, both over their largest value in the image.
+the means over pixels, where y is the input image, x0^ the denoised of the state clipped to [-1, 1]
+(beyond, a pixel has no gradient), F the luminance without its low frequencies, and S its Sobel edges,
+both over their largest value in the image.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import as_arrays, to_batch
-from jaxdiff.denoisers import Denoiser, check_single, wrap
+from jaxdiff.denoisers import Denoiser, check_known, check_single, wrap
 from jaxdiff.gradients import Optimized, optimize
 from jaxdiff.losses import score_matching
 from jaxdiff.predictions import convert
@@ -107,7 +107,8 @@ def with_module(
     form="add" is eps_0 + k eps_module instead, under which a module that is zero changes nothing; the
     published code has both. In terms of the base's prediction, which is the result's, and to which the
     module's is converted in "mix"; in "add" the module's output is read as that prediction. Two
-    evaluations a call, the base's and the module's (cost their sum).
+    evaluations a call, the base's and the module's (cost their sum). "mix" is what
+    `autoguidance(module, denoiser, k)` is, but for that it predicts what the module does.
 
     Arguments:
       denoiser: the frozen model, a single prediction, without memory or with.
@@ -131,6 +132,10 @@ def with_module(
 class _Combined:
     prediction: str
     form: str
+
+    def check_strengths(self, strengths, batch, alpha):
+        if self.form == "mix":
+            check_known(strengths[0].prediction, self.prediction, alpha, "with_module")
 
     def __call__(self, evaluate, strengths, x, levels, cond):
         module, k = strengths

@@ -34,6 +34,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     extrapolated,
     filled,
     keeping,
@@ -220,7 +221,8 @@ class _Linear:
             raise ValueError(
                 f"LinearAG was fitted for {self.rows} rows, this sampler has {len(alpha)}"
             )
-        denoiser, (_, null, _) = params
+        denoiser, (scale, null, _) = params
+        check_scale(scale, batch)
         denoiser.check(batch, cond, alpha)
         denoiser.check(batch, null, alpha)
 

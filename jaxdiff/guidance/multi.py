@@ -15,6 +15,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     filled,
     times,
     together,
@@ -84,6 +85,10 @@ class _Several:
         if not isinstance(cond, Mapping) or set(cond) != set(null):
             got = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
             raise ValueError(f"this guidance takes cond= a dict of {sorted(null)}, got {got}")
+
+    def check_strengths(self, strengths, batch, alpha):
+        for scale in strengths[0]:
+            check_scale(scale, batch)
 
     def check(self, check, strengths, cond):
         self._check_names(cond, strengths[1])

@@ -26,6 +26,7 @@ from jaxdiff.arrays import as_arrays, is_concrete, jit_trees, to_batch
 from jaxdiff.denoisers import Denoiser, check_single, wrap
 from jaxdiff.grids import Grid
 from jaxdiff.guidance.classifier import add_to_score, check_label, check_positive_number, chosen
+from jaxdiff.guidance.together import Scale, as_scale, at_level, check_scale
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.predictions import convert
 from jaxdiff.processes.base import Process
@@ -69,7 +70,7 @@ def clean_gradient(
 
 def off_the_shelf(
     denoiser: Denoiser, classifier: CleanClassifier, params: Any, label: ArrayLike,
-    scale: ArrayLike = 1.0, joint: ArrayLike = 1.0, marginal: ArrayLike = 0.5,
+    scale: Scale = 1.0, joint: ArrayLike = 1.0, marginal: ArrayLike = 0.5,
 ) -> Denoiser:  # fmt: skip
     """score + s g, g the classifier's gradient at x0^: s = 0 is the denoiser itself.
 
@@ -81,11 +82,11 @@ def off_the_shelf(
     Arguments:
       classifier, params: fn(params, x0) -> logits, and its pytree.
       label: y, integers, a scalar or [batch].
-      scale: s, a scalar or [batch].
+      scale: s, a number, [batch] or a function of (t, alpha, sigma).
       joint, marginal: a and b, the published 1 and 1/2; b = 0 leaves the logit alone.
 
-    Raises TypeError or ValueError for labels that are no integers from 0, temperatures that are not
-    positive (b may be 0), or a denoiser of several predictions.
+    Raises TypeError or ValueError for labels that are no integers from 0, a scale that is not
+    finite, temperatures that are not positive (b may be 0), or a denoiser of several predictions.
     """
     check_single(denoiser, "off_the_shelf")
     strengths = _strengths(params, label, scale, joint, marginal)
@@ -98,6 +99,7 @@ def _strengths(params, label, scale, joint, marginal):
     check_positive_number("joint", joint)
     if is_concrete(marginal) and not (np.all(np.isfinite(marginal)) and np.all(marginal >= 0)):
         raise ValueError(f"marginal must be finite and at least 0, got {marginal!r}")
+    scale = as_scale(scale, "EluCD's guidance")
     return as_arrays((params, jnp.asarray(label), scale, joint, marginal))
 
 
@@ -106,12 +108,17 @@ class _Guided:
     classifier: CleanClassifier
     prediction: str
 
+    def check_strengths(self, strengths, batch, alpha):
+        _, label, scale, *_ = strengths
+        check_scale(label, batch, "labels")
+        check_scale(scale, batch)
+
     def __call__(self, evaluate, strengths, x, levels, cond):
         params, label, scale, joint, marginal = strengths
         out = evaluate(x, *levels, cond)
         x0 = convert(out.astype(x.dtype), x, self.prediction, "x0", *levels[1:])
         g = clean_gradient(self.classifier, params, x0, label, joint, marginal)
-        return add_to_score(out, g, scale, self.prediction, *levels[1:])
+        return add_to_score(out, g, at_level(scale, levels), self.prediction, *levels[1:])
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +148,7 @@ class EluCD(Control):
 
 def elucd(
     grid: Grid, denoiser: Denoiser, classifier: CleanClassifier, params: Any, label: ArrayLike,
-    scale: ArrayLike = 1.0, joint: ArrayLike = 1.0, marginal: ArrayLike = 0.5,
+    scale: Scale = 1.0, joint: ArrayLike = 1.0, marginal: ArrayLike = 0.5,
     gamma: ArrayLike = 0.3, variance: str = "fixed_small", span: float | None = None,
 ) -> EluCD:  # fmt: skip
     """The control that makes `ddpm(grid, variance)` the published sampler of EluCD:
@@ -177,7 +184,9 @@ def elucd(
     wave = xp.sin(np.pi * grid.t[:-1] / (grid.t[0] if span is None else span))
     largest = xp.maximum.accumulate(var) if xp is np else jax.lax.cummax(var)
     extra = jnp.asarray(largest * xp.maximum(wave, 0.0)) * gamma
-    weights = jnp.multiply.outer(jnp.asarray(var) + extra, scale)
+    levels = zip(grid.t[:-1], grid.alpha[:-1], grid.sigma[:-1])
+    scales = jnp.stack([jnp.asarray(at_level(scale, level)) for level in levels])
+    weights = to_batch(jnp.asarray(var) + extra, scales) * scales
     return EluCD(params, label, weights, joint, marginal, classifier, denoiser.prediction)
 
 

@@ -17,6 +17,7 @@ from jaxdiff.guidance.together import (
     as_scale,
     at_level,
     check_conditional,
+    check_scale,
     dot,
     filled,
     keeping,
@@ -109,7 +110,8 @@ class _Projecting:
 
     def check(self, params, batch, cond, alpha):
         need_cond(cond, "adaptive projected guidance")
-        denoiser, (_, null, _) = params
+        denoiser, (scale, null, _) = params
+        check_scale(scale, batch)
         check_known(denoiser.prediction, "x0", alpha, "adaptive projected guidance")
         denoiser.check(batch, cond, alpha)
         denoiser.check(batch, null, alpha)

@@ -26,20 +26,24 @@ def check_conditional(denoiser: Any, what: str) -> None:
     sampling, by their own check.)
     """
     check_single(denoiser, what)
-    inner = denoiser
-    while (
-        isinstance(inner.params, tuple) and inner.params and isinstance(inner.params[0], Denoiser)
-    ):
-        inner = inner.params[0]
-    own_mixture = type(inner.fn).__module__ == GaussianMixture.__module__
-    if (own_mixture and isinstance(inner.params, GaussianMixture)) or not _takes_cond(inner):
+    if not any(_takes_cond(inner) for inner in _innermost(denoiser)):
         raise ValueError(
             f"{what} needs a conditional model: the function of this denoiser takes no cond, so there "
             "is nothing for a scale to amplify"
         )
 
 
+def _innermost(denoiser: Denoiser) -> list[Denoiser]:
+    """Those that a denoiser around others evaluates in the end; itself if it is around none."""
+    leaves = jax.tree.leaves(denoiser.params, is_leaf=lambda a: isinstance(a, Denoiser))
+    found = [inner for a in leaves if isinstance(a, Denoiser) for inner in _innermost(a)]
+    return found or [denoiser]
+
+
 def _takes_cond(denoiser: Denoiser) -> bool:
+    own_mixture = type(denoiser.fn).__module__ == GaussianMixture.__module__
+    if own_mixture and isinstance(denoiser.params, GaussianMixture):
+        return False
     fn, given = denoiser.fn, 3 + (denoiser.params is not None)
     if hasattr(fn, "module"):
         fn, given = type(fn.module).__call__, 4
@@ -70,6 +74,14 @@ def as_scale(scale: Scale, what: str) -> Any:
                 f"(t, alpha, sigma), got {scale!r}"
             )
     return jnp.asarray(scale, jnp.result_type(float))
+
+
+def check_scale(scale: Any, batch: int, what: str = "a scale") -> None:
+    """Raise ValueError unless a scale is one number, one a sample of the batch, or a function."""
+    if not callable(scale) and np.shape(scale) not in ((), (batch,)):
+        raise ValueError(
+            f"{what} must be a number or [batch] = ({batch},), got shape {np.shape(scale)}"
+        )
 
 
 def at_level(scale: Any, levels: tuple[Any, Any, Any]) -> Any:

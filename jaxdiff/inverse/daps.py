@@ -48,7 +48,8 @@ class Langevin:
       step_size: h at the first level, positive; it must stay below 2 / (s^2 / tau^2 + 1 / r^2), s
         the operator's largest singular value, at every level.
       last: h at the last level is `last` times that, linear in the level in between, in (0, 1].
-      tau: None for the measurement's noise_std (the published settings take 0.01 where it is 0.05).
+      tau: None for the measurement's noise_std. The published settings take 0.01 where that is 0.05;
+        their loss |y - A x|^2 / tau^2 is without the Gaussian's 1/2, so it is tau = 0.0071 here.
       momentum: None, or b in [0, 1).
     """
 
@@ -152,8 +153,14 @@ def _check_langevin(langevin: Any) -> None:
     check_order(langevin.steps, None, "steps")
     check_number("step_size", langevin.step_size)
     check_number("last", langevin.last, 0.0, 1.0)
+    for name in ("step_size", "last"):
+        value = getattr(langevin, name)
+        if is_concrete(value) and value == 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
     if langevin.momentum is not None:
         check_number("momentum", langevin.momentum, 0.0, 1.0)
+        if is_concrete(langevin.momentum) and langevin.momentum == 1:
+            raise ValueError(f"momentum must be below 1, got {langevin.momentum!r}")
 
 
 def gaussian_posterior(measurement: Measurement, x0: Array, radius: ArrayLike, key: Array) -> Array:

@@ -39,11 +39,12 @@ def diffpir(
       denoiser: any single prediction.
       measurement: its operator's `solve` is called once; no spectrum, and no Jacobian of the
         network.
-      strength: the paper's lambda, at least 0, on the prior's side; 1 with `partial_renewal(grid,
-        zeta)` is the published setting.
+      strength: lambda on the prior's side, at least 0. The published code has images in [-1, 1] and
+        noise_std in units of [0, 1], half of what it is here: its lambda is 4 strength. Its script
+        runs lambda = 7 (strength 1.75) with zeta = 0.3, and makes no data step at its last level.
       guidance: in [0, 1]; 1 is the paper's.
-      least_std: what a smaller noise_std counts as (the published 0.001, of images in [0, 1]),
-        positive.
+      least_std: what a smaller noise_std counts as, positive (the published 0.001 of images in [0, 1]
+        is 0.002 of those in [-1, 1]).
 
     For Gaussian data of covariance (sigma / alpha)^2 I around x_0 and strength 1, prox is the
     posterior mean. Any tableau takes it. Operators whose `solve` iterates need a grid that starts

@@ -47,7 +47,7 @@ def repaint(
     The known pixels of the result are the known image's where the grid ends at sigma = 0. This is
     the paper's algorithm; its code replaces before the network is called, which is the same but
     after the last step. Raises ValueError for a mask with other values than 0 and 1, shapes that do
-    not broadcast, another base, and as `time_travel` does.
+    not broadcast, a known pixel that is not finite, another base, and as `time_travel` does.
     """
     if is_concrete(mask) and not np.all(np.isin(np.asarray(mask), (0, 1))):
         raise ValueError(f"a mask is 0 or 1 (1: known), got values {np.unique(np.asarray(mask))}")
@@ -57,6 +57,8 @@ def repaint(
         raise ValueError(
             f"a mask of shape {np.shape(mask)} does not fit an image of shape {np.shape(known)}"
         ) from None
+    if is_concrete(mask, known) and not np.all(np.isfinite(np.where(mask, known, 0.0))):
+        raise ValueError("what is known must be finite where the mask is 1")
     tableau, nodes = time_travel(grid, repeats, length, base), visits(grid.steps, repeats, length)
     if tableau.registers != 1 or tableau.rows != len(nodes):
         raise ValueError(
@@ -76,6 +78,19 @@ class Replacement(Control):
     mask: Array
     alpha: Array
     sigma: Array
+
+    def init(self, x: Array) -> None:
+        """Raise ValueError unless the image and the mask broadcast against the state."""
+        shapes = np.shape(self.known), np.shape(self.mask), np.shape(x)
+        try:
+            fits = np.broadcast_shapes(*shapes) == shapes[2]
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"repaint: an image of shape {shapes[0]} and a mask of shape {shapes[1]} do not fit "
+                f"a state of shape {shapes[2]}"
+            )
 
     def after(
         self, aux: Any, row: RowInfo, x: Array, out: Any, z: Any, carry: Carry, key: Any

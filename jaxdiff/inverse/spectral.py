@@ -17,7 +17,7 @@ from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Control
 from jaxdiff.inverse.measurement import Measurement, check_measurement, same_shape
-from jaxdiff.inverse.spectra import Spectrum, size
+from jaxdiff.inverse.spectra import Spectrum, reached, size
 from jaxdiff.predictions import convert
 from jaxdiff.solvers.travel import Ends
 
@@ -56,16 +56,14 @@ class SpectralControl(Control):
     def seen(self, x: Array) -> Seen:
         """The measurement for a state's batch, in its dtype."""
         n, spectrum = size(self.measurement.operator.shape), self.spectrum
-        values = spectrum.padded(n).astype(x.dtype)
-        # As `pinv` has it: what rounding left of a singular value of 0 sees nothing.
-        most = max(n, size(self.measurement.operator.measured))
-        reached = values > 10 * most * jnp.finfo(x.dtype).eps * jnp.max(values)
-        inverse = jnp.where(reached, 1.0 / jnp.where(reached, values, 1.0), 0.0)
+        padded = spectrum.padded(n)
+        kept, values = reached(padded, x.dtype), padded.astype(x.dtype)
+        inverse = jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0)
         y = spectrum.left(self.measurement.batched(x.shape[0]).astype(x.dtype))
         r = spectrum.values.shape[0]
         y = inverse * jnp.pad(y[:, :r], ((0, 0), (0, n - r)))
-        std = jnp.where(reached, self.measurement.noise_std.astype(x.dtype) * inverse, jnp.inf)
-        return Seen(jnp.where(reached, values, 0.0), y, std)
+        std = jnp.where(kept, self.measurement.noise_std.astype(x.dtype) * inverse, jnp.inf)
+        return Seen(jnp.where(kept, values, 0.0), y, std)
 
     def pair(self, out: Any, x: Array, alpha: Any, sigma: Any) -> tuple[Array, Array]:
         """V^T x_0 and V^T eps of the denoiser's output; of two outputs the first is x_0's."""

@@ -62,25 +62,18 @@ def test_adaptive_guidance_saves_a_quarter(full, batch):
 
 def test_alignment_at_the_noise_end_is_no_crossing(full):
     """At t = 1 both predict the state: gamma is 1 before the classes part, and the published rule,
-    calls=0, ends guidance there. Not the default one; nor on the trained digit network, whose noises,
-    as it predicts v, differ by alpha times the difference in v."""
+    calls=0, ends guidance there. Not the default one (11 guided calls of 20, 0.02 from full guidance);
+    nor on the trained digit network, whose noises, as it predicts v, differ by alpha times the
+    difference in v: it stays guided, as its gamma is never below 0.991."""
     x, memory = adaptive(0.99, 0, COUNT)
     assert 20 + float(np.mean(memory.guided)) < 24 and rmse(x, full) > 0.3
     x, memory = adaptive(0.99, None, COUNT)
-    print(float(np.mean(memory.guided)), rmse(x, full))
-    assert rmse(x, full) < 0.1
+    assert float(np.mean(memory.guided)) < 15 and rmse(x, full) < 0.1
     net, start = digits.denoiser("small"), jax.random.normal(jax.random.key(0), (10, 8, 8, 1))
     table = jd.solvers.ddim(jd.grids.half_log_snr(PROCESS, 10))
-    ends = [
-        jd.sample(d, table, start, cond=jnp.arange(10))
-        for d in (
-            net,
-            guidance.classifier_free(net, 4.0, digits.NULL),
-            guidance.adaptive_guidance(net, 4.0, digits.NULL),
-        )
-    ]
-    print(rmse(ends[2], ends[1]), rmse(ends[0], ends[1]))
-    assert rmse(ends[2], ends[1]) < 0.1 * rmse(ends[0], ends[1])
+    guided = guidance.adaptive_guidance(net, 4.0, digits.NULL)
+    state = jd.sample(guided, table, start, cond=jnp.arange(10), save="state")
+    assert int(state.memory.guided) == 10 and int(state.memory.evaluations) == 20
 
 
 def counting(params, x, t, cond, *, memory):

@@ -201,6 +201,21 @@ def test_a_limited_interval_is_nearer_to_the_class():
     assert average_cost(middle, table) < 1.5
 
 
+@pytest.mark.parametrize("clock", ["noise_level", "half_log_snr"])
+def test_both_ends_of_an_interval_are_included(clock):
+    """Kynkaanniemi et al.: the intervals from row to row of 50, in whose ends float32 rounds logs."""
+    table = jd.solvers.ddim(jd.grids.uniform(PROCESS, 50))
+    levels = [jnp.asarray(a, jnp.float32) for a in (table.t, table.alpha, table.sigma)]
+    level = np.asarray(table.sigma) / np.asarray(table.alpha)
+    level = level if clock == "noise_level" else -np.log(level)
+    guided = guidance.classifier_free(network(), 3.0, NULL)
+    for first in range(5, 45):
+        ends = sorted([level[first], level[first + 3]])
+        limited = guidance.limited(guided, network(), *ends, clock)
+        found = limited.fn.place(limited.params[1], *levels)
+        np.testing.assert_array_equal(np.flatnonzero(found == 1), first + np.arange(4))
+
+
 @pytest.mark.parametrize(
     "low, high, clock, process, message",
     [
@@ -216,6 +231,9 @@ def test_an_interval_outside_time_is_an_error(low, high, clock, process, message
     guided = guidance.classifier_free(network(), 3.0, NULL)
     with pytest.raises(ValueError, match=message):
         guidance.limited(guided, network(), low, high, clock, process)
+    if clock == "t":
+        with pytest.raises(ValueError, match=message):
+            guidance.classifier_free(network(), 3.0, NULL, interval=(low, high), process=process)
 
 
 # --- unconditional models, bad numbers ------------------------------------------------------------
@@ -228,6 +246,9 @@ def test_an_interval_outside_time_is_an_error(low, high, clock, process, message
         jd.Denoiser(lambda x, t: x),
         jd.Denoiser(lambda params, x, t: x, params=1.0),
         jd.clip_x0(jd.gaussian_mixture(MEANS, STD, np.ones(3))),
+        guidance.limited(*[jd.gaussian_mixture(MEANS, STD, np.ones(3))] * 2, 0.2, 0.8),
+        guidance.autoguidance(*[jd.gaussian_mixture(MEANS, STD, np.ones(3))] * 2, 2.0),
+        guidance.product([jd.clip_x0(jd.Denoiser(lambda x, t: x))] * 2),
     ],
 )
 def test_a_scale_for_an_unconditional_model_is_an_error(wrapped):
@@ -239,6 +260,12 @@ def test_a_scale_for_an_unconditional_model_is_an_error(wrapped):
             make(wrapped, 2.0, NULL)
 
 
+def test_one_conditional_part_is_enough():
+    plain = jd.gaussian_mixture(MEANS, STD, np.ones(3))
+    parts = guidance.limited(network(), plain, 0.2, 0.8)
+    assert guidance.classifier_free(parts, 2.0, NULL).cost == 2
+
+
 def test_networks_without_classes_are_unconditional():
     unet = jd.models.UNet(width=4, multipliers=(1,), num_blocks=1, attention_resolutions=())
     net = jd.models.from_linen(unet, {"params": {}}, "v")  # found before anything runs
@@ -246,6 +273,51 @@ def test_networks_without_classes_are_unconditional():
     guided = guidance.classifier_free(net, 2.0, 10)
     with pytest.raises(ValueError, match="num_classes"):
         jd.sample(guided, table, jnp.zeros((2, 8, 8, 1)), cond=jnp.zeros(2, int))
+
+
+def linear(x, t, cond=None):
+    return 0.3 * x
+
+
+def test_eps_at_alpha_0_is_an_error_under_every_guidance():
+    """There eps says nothing of x0; only where the grid has it, and only for the part that is asked."""
+    eps, v = jd.Denoiser(linear, "eps"), jd.Denoiser(linear, "v")
+    grid = jd.grids.uniform(jd.processes.flow(), 3)
+    one, two = jd.solvers.ddim(grid), jd.solvers.ddim(grid, outputs=2)
+    x, options = jnp.ones((4, 2)), {"cond": jnp.zeros(4)}
+    for denoiser, table in (
+        (guidance.cfg_plus_plus(eps, 0.5, 0.0), two),
+        (guidance.adaptive_projected(eps, 2.0, 0.0), one),
+        (guidance.cfg_zero_star(eps, 2.0, 0.0), one),
+        (jd.clip_x0(eps), one),
+        (jd.clip_x0(guidance.classifier_free(eps, 2.0, 0.0), keep_eps=True), two),
+        (guidance.with_module(v, eps), one),
+        (guidance.autoguidance(v, eps, 2.0), one),
+        (guidance.limited(eps, v, 0.2, 1.0), one),
+        (jd.clip_x0(guidance.limited(eps, v, 0.2, 1.0)), one),
+        (guidance.limited(guidance.adaptive_projected(eps, 2.0, 0.0), v, 0.2, 1.0), one),
+    ):
+        with pytest.raises(ValueError, match="'eps' network does not determine"):
+            jd.sample(denoiser, table, x, **options)
+    for denoiser in (
+        guidance.limited(eps, v, 0.2, 0.8),
+        guidance.limited(guidance.adaptive_projected(eps, 2.0, 0.0), v, 0.2, 0.8),
+    ):
+        assert np.all(np.isfinite(jd.sample(denoiser, one, x, **options)))
+
+
+def test_a_scale_of_another_batch_is_an_error():
+    table = jd.solvers.ddim(jd.grids.uniform(PROCESS, 2))
+    three, net = np.ones(3), network()
+    for denoiser in (
+        guidance.classifier_free(net, three, NULL),
+        guidance.classifier_free(net, three, NULL, interval=(0.2, 0.8)),
+        guidance.adaptive_projected(net, three, NULL),
+        guidance.adaptive_guidance(net, three, NULL),
+        guidance.autoguidance(net, net, three),
+    ):
+        with pytest.raises(ValueError, match=r"a scale must be a number or \[batch\] = \(6,\)"):
+            jd.sample(denoiser, table, jnp.asarray(X), cond=jnp.asarray(LABELS))
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,11 @@ def test_bad_input_is_named(x64):
         guidance.mixture_classifier(net.params, [0, 2, 0])
     with pytest.raises(ValueError, match="a label for each of 5 samples"):
         guidance.noisy_cross_entropy(logits, None, PROCESS, jnp.asarray(X), 0, 0.5, jnp.asarray(X))
-    unknown = guidance.classifier_guidance(net, logits_of_two, None, 3)
-    assert np.all(np.isnan(unknown(X, *LEVEL)))
+    table = jd.solvers.ddim(jd.grids.uniform(PROCESS, 2, t_max=0.9))
+    with pytest.raises(RuntimeError, match="labels must be from 0 to 1"):
+        jd.sample(guidance.classifier_guidance(net, logits_of_two, None, 3), table, jnp.asarray(X))
+    with pytest.raises(ValueError, match=r"labels must be a number or \[batch\] = \(5,\)"):
+        jd.sample(guided(label=np.array([0, 1])), table, jnp.asarray(X))
 
 
 def logits_of_two(params, x, levels):

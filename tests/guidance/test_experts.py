@@ -63,44 +63,46 @@ def single(variables, logits, samples, teacher, key):
 
 
 def test_experts_guide_where_the_clean_classifier_does_not():
-    """PPAP's "works when": five experts, each of less than 10% of the classifier's weights and without
-    labels, guide as well as one classifier tuned whole with as many updates, and 20 points better than
-    the clean one; at the published scale, 7.5. Measured 0.94, 0.93 and 0.68; the class accuracy of 100
-    samples has an error of points, so "as well as" is within 2.
+    """PPAP's "works when" (Go et al. 2023): five experts, together less than 10% of the classifier's
+    weights (rank 1: 8.8%) and without labels, guide as well as one classifier tuned whole with as many
+    updates, and 20 points better than the clean one; at the published scale, 7.5. Measured on 600
+    samples 0.923, 0.932 and 0.698: "as well as" is within 2 points, a standard error being one.
     """
     train, variables = jd.data.digits("train"), clean_cnn.variables()
     net = exact_digits.denoiser(train.x[:200], train.label[:200])
-    grid = jd.grids.uniform(PROCESS, 15)
-    tableau = jd.solvers.ddpm(grid)
-    x_T = PROCESS.prior(jax.random.key(0), (200, 8, 8, 1))
-    samples = jd.sample(net, tableau, x_T, key=jax.random.key(1))
+    tableau = jd.solvers.ddpm(jd.grids.uniform(PROCESS, 15))
+    x_T = PROCESS.prior(jax.random.key(0), (600, 8, 8, 1))
+    label = np.arange(len(x_T)) % 10
+    new = jd.models.lora(jax.random.key(5), variables, 1)  # that changes nothing yet
+    none = jax.tree.map(lambda leaf: jnp.stack([leaf] * EXPERTS), new)
+
+    def draw(classifier, adapters, scale, key):
+        """One program for all: without experts it is the classifier, at scale 0 the model alone."""
+        fn, params = guidance.expert_classifier(LOGITS, classifier, adapters, PROCESS)
+        guided = guidance.classifier_guidance(net, fn, params, label, np.float32(scale))
+        return jd.sample(guided, tableau, x_T, key=jax.random.key(key))
+
+    samples = draw(variables, none, 0.0, 1)[:200]
     trained = guidance.train_experts(
-        LOGITS, variables, PROCESS, samples, jax.random.key(2), optax.adam(1e-2),
-        experts=EXPERTS, rank=4, steps=UPDATES, batch_size=BATCH,
+        LOGITS, variables, PROCESS, samples, jax.random.key(2),
+        optax.adam(optax.cosine_decay_schedule(2e-2, UPDATES)),
+        experts=EXPERTS, rank=1, steps=UPDATES, batch_size=BATCH,
     )  # fmt: skip
-    assert guidance.trainable_share(trained.value, variables) < 0.1 * EXPERTS
+    assert guidance.trainable_share(trained.value, variables) < 0.1
     first, last = trained.losses[:20].mean(), trained.losses[-20:].mean()
     args = (LOGITS, samples, LOGITS(variables, samples))
     tuned = jd.gradients.optimize(
         single, variables, optax.adam(1e-3), EXPERTS * UPDATES, args=args, key=jax.random.key(3)
     )
-    label = np.arange(100) % 10
 
-    def accuracy(fn, params):
-        guided = guidance.classifier_guidance(net, fn, params, label, 7.5)
-        y = jd.sample(guided, tableau, x_T[:100], key=jax.random.key(4))
-        y = np.clip(y, -1, 1)
+    def accuracy(classifier, adapters=none):
+        y = np.clip(draw(classifier, adapters, 7.5, 4), -1, 1)
         return jd.metrics.conditional_accuracy(jd.metrics.digit_classifier(), y, label)
 
-    experts = guidance.expert_classifier(LOGITS, variables, trained.value, PROCESS)
-    found = accuracy(*experts), accuracy(on_noisy, tuned.value), accuracy(on_noisy, variables)
+    found = accuracy(variables, trained.value), accuracy(tuned.value), accuracy(variables)
     print("experts, one tuned, clean:", found)
     assert last < 0.6 * first
     assert found[0] >= found[1] - 0.02 and found[0] >= found[2] + 0.2
-
-
-def on_noisy(variables, x, levels):
-    return LOGITS(variables, x)
 
 
 def test_bad_input_is_named():

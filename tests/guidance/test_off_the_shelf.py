@@ -132,10 +132,10 @@ def test_a_clean_classifier_guides_digits():
     scale 0, whatever the labels, and every guidance moves them away.
 
     With the published b = 1/2 that takes scale 1/2 and no sine: accuracy 0.91, pairs -0.0035, images
-    -0.0005. At scale 1 with the sine, the defaults, it has accuracy 1 and loses: +0.029 and +0.036. Plain
-    log-softmax, b = 1, at those: 1, -0.006 and -0.003. On x_t the scales 1, 5 and 10 have accuracies
-    0.51, 0.63 and 0.71, pairs +0.001, -0.001 and -0.002, images -0.004, -0.003 and +0.001; 20 to 80 are
-    no better.
+    -0.0005. At scale 1 with the sine, the defaults, it has accuracy 1 and loses: +0.029 and +0.036.
+    Plain log-softmax, b = 1, at those: 1, -0.006 and -0.003. On x_t the scales 1, 5 and 10 have
+    accuracies 0.51, 0.63 and 0.71, pairs +0.001, -0.001 and -0.002, images -0.004, -0.003 and +0.001;
+    20 to 80 are no better.
     """
     train, weights = jd.data.digits("train"), clean_cnn.variables()
     images, of_images = train.x[:200], train.label[:200]

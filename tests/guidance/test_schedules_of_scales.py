@@ -63,6 +63,45 @@ def test_a_scheduled_scale_is_that_of_each_row():
     np.testing.assert_allclose(both[0], got, rtol=1e-4, atol=1e-5)
 
 
+def sphere(params, x0):
+    return jnp.sum((x0 - params) ** 2, 1)
+
+
+def distances(params, x0, levels=None):
+    return -jnp.sum((x0[:, None] - params) ** 2, -1)
+
+
+def test_classifiers_and_energies_take_schedules():
+    """The scale of a level is that of the number which the schedule has there."""
+    net = jd.gaussian_mixture(np.eye(2), np.ones(2), np.ones(2), PROCESS)
+    points, level = jnp.asarray([[1.0, 0.0], [0.0, 2.0]]), (0.25, 0.8, 0.6)
+    make = {
+        "classifier": lambda s: guidance.classifier_guidance(net, distances, points, 1, s),
+        "clean": lambda s: guidance.off_the_shelf(net, distances, points, 1, s),
+        "energy": lambda s: guidance.energy_guidance(net, sphere, points[0], s),
+    }
+    x = jnp.asarray(X)
+
+    @jax.jit
+    def both():
+        scales = schedules.linear(1.0, 3.0), 2.5
+        return {name: [build(s)(x, *level) for s in scales] for name, build in make.items()}
+
+    for got, expected in both().values():
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    for build in make.values():
+        with pytest.raises(ValueError, match="a scale must be a finite number"):
+            build(np.nan)
+        with pytest.raises(ValueError, match=r"a scale must be a number or \[batch\] = \(6,\), got"):
+            jd.sample(build(np.ones(3)), jd.solvers.ddim(jd.grids.uniform(PROCESS, 2)), x)
+    grid, scales = jd.grids.uniform(PROCESS, 5), schedules.linear(1.0, 3.0)
+    fixed, moving = (
+        guidance.elucd(grid, net, distances, points, 1, s).weights for s in (1.0, scales)
+    )
+    expected = fixed * (1.0 + 2.0 * (1.0 - grid.t[:-1]))
+    np.testing.assert_allclose(moving, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

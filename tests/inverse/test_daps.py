@@ -94,6 +94,9 @@ def test_bad_input_is_named():
         inverse.daps(net, grid, inverse.Measurement(m.operator, Y, 0.0), end=1e-3)
     with pytest.raises(TypeError, match="langevin must be a Langevin or None, got int"):
         inverse.daps(net, grid, m, end=1e-3, langevin=100)
+    for name, value in (("momentum", 1.0), ("last", 0.0), ("step_size", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+            inverse.daps(net, grid, m, end=1e-3, langevin=inverse.Langevin(**{name: value}))
     with pytest.raises(ValueError, match="alpha = 0 at the noise end"):
         inverse.daps(net, FROM_NOISE, m)
     table, control = inverse.daps(net, grid, m, end=1e-3)

@@ -30,6 +30,7 @@ from jaxdiff.denoisers import level
 
 _, ALPHA, SIGMA = LEVEL
 KEY = jax.random.key(0)
+FROM_NOISE = jd.grids.uniform(jd.processes.flow(), 2)
 call = jax.jit(lambda denoiser, x: denoiser(x, *LEVEL))
 
 
@@ -356,6 +357,13 @@ def test_strengths_are_data():
         (lambda: inverse.stsl(prior(), measurement(), 3), TypeError, "key"),
         (lambda: inverse.stsl(prior(), measurement(), KEY, probe=0.0), ValueError, "probe"),
         (lambda: inverse.stsl(prior(), measurement(), KEY, weighting="x"), ValueError, "weighting"),
+        (
+            lambda: jd.sample(  # a grid from alpha = 0, where sigma^4 / alpha^2 is infinite
+                inverse.stsl(prior(), measurement(), KEY, weighting="covariance"),
+                inverse.corrected(jd.solvers.ddim(FROM_NOISE), moves=True), jnp.asarray(X),
+            ),
+            ValueError, "stsl .* at alpha = 0",
+        ),
         (lambda: inverse.mcg(prior(), "g", measurement()), ValueError, "grid"),
         (
             lambda: inverse.mcg(prior(), GRID, measurement(), 1.0, jd.solvers.heun(GRID)),

@@ -212,7 +212,7 @@ def test_the_state_is_that_of_the_measurement():
         lambda x: jd.sample(joint_dps(PAIR, KNOWN, ONES), corrected(jd.solvers.ddim(FLOW)), x),
         lambda x: jd.sample(joint_prior(PAIR), tableau, x, KEY, control=control),
     ):
-        with pytest.raises(ValueError, match=r"source 'x' has shape \(3, 3\), .* of \(4, 3\)"):
+        with pytest.raises(ValueError, match=r"source 'h' has shape \(3, 3\), .* of \(4, 3\)"):
             run(states(3))
         with pytest.raises(ValueError, match=r"dictionary of \['h', 'x'\], got \['x'\]"):
             run({"x": jnp.zeros((4, 3))})

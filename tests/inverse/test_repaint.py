@@ -62,7 +62,13 @@ def test_bad_input_is_named(net):
         inverse.repaint(grid, KNOWN, MASK)
     with pytest.raises(ValueError, match="one register and one row a step, got 2 registers"):
         inverse.repaint(grid, KNOWN, MASK, 1, 2, jd.solvers.heun)
+    with pytest.raises(ValueError, match="finite where the mask is 1"):
+        inverse.repaint(grid, np.array([np.nan, 0.0]), MASK)
+    inverse.repaint(grid, np.array([0.0, np.nan]), MASK, length=1)
     table, control = inverse.repaint(grid, KNOWN, MASK, length=1, repeats=2)
+    for shape in ((4, 3), (4, 1)):
+        with pytest.raises(ValueError, match=r"do not fit a state of shape \(4, "):
+            jd.sample(net, table, jnp.zeros(shape), jax.random.key(0), control=control)
     noise = jnp.zeros((table.draws, 4, 2))
     with pytest.raises(ValueError, match="sample needs key="):
         jd.sample(net, table, jnp.zeros((4, 2)), noise=noise, control=control)

@@ -76,10 +76,13 @@ def test_bias_and_temperature_of_or():
 def test_and_is_the_shared_mode():
     """Skreta et al. (2025): at least 90% in the shared mode, median |log q1 - log q2| below 0.05.
 
-    The mean of both scores leaves some 76% in the shared mode.
+    The mean of both scores leaves some 76% there, at 100 steps as at 1000.
     """
     x, _, truth, aux = run("and")
-    assert shares(x)[1] >= 0.9
+    grid = jd.grids.half_log_snr(PROCESS, 100, t_min=1e-3)
+    mean = product([exact(FIRST), exact(SECOND, "v")], [0.5, 0.5])
+    plain = jd.sample(mean, jd.solvers.ddpm(grid), X_T, noise=NOISE[:100])
+    assert shares(x)[1] >= 0.9 and shares(np.asarray(plain))[1] <= 0.8
     assert np.median(np.abs(truth[0] - truth[1])) < 0.05
     total = np.asarray(aux.shares)
     np.testing.assert_allclose(total.sum(0), 1.0, atol=1e-5)
