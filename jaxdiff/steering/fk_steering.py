@@ -150,7 +150,8 @@ class FKSteering(Control):
         else:
             log_g = strength * (best if self.potential == "max" else total)
         # What has no weight stays without: inf - inf must not become a weight or NaN.
-        dead = (aux.log_weights == -jnp.inf) | (reward == jnp.where(strength < 0, jnp.inf, -jnp.inf))
+        lowest = jnp.where(strength < 0, jnp.inf, -jnp.inf)
+        dead = (aux.log_weights == -jnp.inf) | (reward == lowest)
         log_weights = jnp.where(dead, -jnp.inf, aux.log_weights + log_g)
         log_potentials = jnp.where(dead, -jnp.inf, aux.log_potentials + log_g)
         new, old = (self._log_mean(w) for w in (log_weights, aux.log_weights))

@@ -216,6 +216,15 @@ def test_both_ends_of_an_interval_are_included(clock):
         np.testing.assert_array_equal(np.flatnonzero(found == 1), first + np.arange(4))
 
 
+def test_an_open_side_of_an_interval_reaches_alpha_0():
+    """There the half-log-SNR is -inf, and the noise level inf."""
+    levels = [jnp.asarray(v) for v in (1.0, 0.0, 1.0)]
+    guided = guidance.classifier_free(network(), 3.0, NULL)
+    for low, high, clock in ((-np.inf, 0.0, "half_log_snr"), (1.0, np.inf, "noise_level")):
+        limited = guidance.limited(guided, network(), low, high, clock)
+        assert int(limited.fn.place(limited.params[1], *levels)) == 1
+
+
 @pytest.mark.parametrize(
     "low, high, clock, process, message",
     [
