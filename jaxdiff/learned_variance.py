@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxdiff.arrays import namespace, to_batch
+from jaxdiff.arrays import to_batch
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry, Control, RowInfo
@@ -32,6 +32,7 @@ from jaxdiff.predictions import check_prediction, convert
 from jaxdiff.processes.base import Process
 from jaxdiff.processes.discrete import is_discrete
 from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.combine import with_outputs
 from jaxdiff.solvers.first_order import ddpm, posterior_share
 from jaxdiff.solvers.tableau import Tableau
 
@@ -105,18 +106,7 @@ def learned_variance(grid: Grid, kind: str = "range") -> tuple[Tableau, LearnedV
     # Where there is no noise any finite logarithm will do.
     before, after = grid.sigma[:-1] ** 2, xp.where(noisy == 1, grid.sigma[1:] ** 2, 1.0)
     small, large = (xp.log(variance * shares) for variance in (after, before))
-    return _two_outputs(table), LearnedVariance(small, large, noisy, kind)
-
-
-def _two_outputs(table: Tableau) -> Tableau:
-    """The same sampler for a denoiser whose second output it does not use, nor convert."""
-    xp = namespace(table)
-    return dataclasses.replace(
-        table, B=xp.concatenate([table.B, xp.zeros_like(table.B)], 3),
-        u=xp.concatenate([table.u, xp.ones_like(table.u)], 1),
-        w=xp.concatenate([table.w, xp.zeros_like(table.w)], 1),
-        outputs=2, blind=(*table.blind, ()),
-    )  # fmt: skip
+    return with_outputs(table, 2), LearnedVariance(small, large, noisy, kind)
 
 
 def with_variance(

@@ -40,10 +40,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff.arrays import as_arrays, is_concrete, structure_hash
-from jaxdiff.calibration.evolution import check_count
 from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.grids import Grid
 from jaxdiff.grids.grid import make
+from jaxdiff.solvers.clocks import check_order
 
 
 def aligned_grid(
@@ -71,8 +71,8 @@ def aligned_grid(
     Raises TypeError or ValueError for a grid that reaches an end, data or options that do not fit.
     """
     for name, value, least in (("halvings", halvings, 0), ("sweeps", sweeps, 1)):
-        check_count(name, value, least)
-    check_count("candidates", candidates, 3)
+        check_order(value, None, name, least)
+    check_order(candidates, None, "candidates", 3)
     if candidates % 2 == 0:
         raise ValueError(f"candidates must be odd, got {candidates!r}")
     if not 0 < tolerance < 1:

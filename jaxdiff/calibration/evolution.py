@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+
+from jaxdiff.solvers.clocks import check_order
 
 G = TypeVar("G")
 # Children tried for each one wanted, before newcomers take its place.
@@ -53,8 +54,8 @@ def evolve(
     """
     counts = {"mutated": mutated, "crossed": crossed, "newcomers": newcomers}
     for name, value in {"generations": generations, "seed": seed, **counts}.items():
-        check_count(name, value, 0)
-    check_count("parents", parents, 1)
+        check_order(value, None, name, 0)
+    check_order(parents, None, "parents", 1)
     if generations and not sum(counts.values()):
         raise ValueError("a generation needs mutated, crossed or newcomers of at least 1")
     if not len(initial):
@@ -102,13 +103,3 @@ def draw_unseen(
         if genotype not in seen and genotype not in new:
             new[genotype] = None
             count -= 1
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least `least`."""
-    try:
-        good = not isinstance(value, bool) and operator.index(value) >= least
-    except TypeError:
-        good = False
-    if not good:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -13,13 +13,13 @@ import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff.arrays import as_arrays, jit_trees, structure_hash
-from jaxdiff.calibration.evolution import check_count, draw_unseen, evolve
+from jaxdiff.calibration.evolution import draw_unseen, evolve
 from jaxdiff.calibration.learned import AVERAGES
 from jaxdiff.calibration.solver_space import Moves, SolverSpace
 from jaxdiff.denoisers import Denoiser
 from jaxdiff.grids import Grid
 from jaxdiff.sampling import check_call, sample
-from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.clocks import check_choice, check_order
 from jaxdiff.solvers.combine import stack
 from jaxdiff.solvers.tableau import Tableau
 from jaxdiff.solvers.unified import unified
@@ -94,9 +94,9 @@ def search_solver(
     counts = {"population": population, "proposals": proposals, "finalists": finalists,
               "chunk": chunk}  # fmt: skip
     for name, value in counts.items():
-        check_count(name, value, 1)
-    check_count("stages", stages, 0)
-    check_count("seed", seed, 0)
+        check_order(value, None, name, 1)
+    check_order(stages, None, "stages", 0)
+    check_order(seed, None, "seed", 0)
     if len(initial) > population:
         raise ValueError(f"a population of {population} has no room for {len(initial)} initial")
     if held_out is None and held_out_cond is not None:

@@ -70,29 +70,42 @@ def guide(
     `weigh` is a module-level function or a hashable object. Raises TypeError or ValueError for anything
     but a denoiser of one prediction and a Measurement.
     """
-    check_single(denoiser, what)
-    check_measurement(measurement, what)
+    return _built(denoiser, measurement, _Weighed(weigh, what), strengths, "x0", cost)
+
+
+def add(
+    denoiser: Any, measurement: Any, weigh: Callable, strengths: Any, what: str
+) -> Denoiser:
+    """Predicts (x_0, J^T A^T g), for `corrected`; arguments and errors as of `guide`."""
+    beside = _Weighed(weigh, what, beside=True)
+    return _built(denoiser, measurement, beside, strengths, ("x0", "x0"), 1)
+
+
+def _built(denoiser, measurement, fn, strengths, prediction, cost) -> Denoiser:
+    check_single(denoiser, fn.what)
+    check_measurement(measurement, fn.what)
     params = (denoiser, measurement, as_arrays(strengths))
-    return Denoiser(
-        _Guided(weigh, what), "x0", params, level, denoiser.memory, cost * denoiser.cost
-    )
+    return Denoiser(fn, prediction, params, level, denoiser.memory, cost * denoiser.cost)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Guided:
+class _Weighed:
     weigh: Callable
     what: str
+    beside: bool = False  # the pulled-back g as a second output, not added to x_0
 
     def __call__(self, params, x, levels, cond=None, memory=None):
         inner, measurement, strengths = params
         same_shape(measurement, x, self.what)
         at = linearise(inner, x, levels, cond, memory)
         g = self.weigh(measurement, strengths, measurement.residual(at.x0), at)
-        x0 = at.x0 + at.covariance(measurement.operator.adjoint(g))
-        return x0 if inner.memory is None else (x0, at.memory)
+        g = measurement.operator.adjoint(g)
+        out = (at.x0, at.pull(g)) if self.beside else at.x0 + at.covariance(g)
+        return out if inner.memory is None else (out, at.memory)
 
     def check(self, params, batch, cond, alpha):
-        check_guidable(alpha, self.what)
+        if not self.beside:
+            check_guidable(alpha, self.what)
         params[0].check(batch, cond, alpha)
 
 
@@ -103,35 +116,6 @@ def check_guidable(alpha: Any, what: str) -> None:
             f"{what}: Cov[x_0 | x_t] = (sigma^2 / alpha) J is 0 / 0 at alpha = 0, where this grid "
             "starts: give the grid a smaller t_max"
         )
-
-
-def add(
-    denoiser: Any, measurement: Any, weigh: Callable, strengths: Any, what: str
-) -> Denoiser:
-    """Predicts (x_0, J^T A^T g), for `corrected`; arguments and errors as of `guide`."""
-    check_single(denoiser, what)
-    check_measurement(measurement, what)
-    params = (denoiser, measurement, as_arrays(strengths))
-    return Denoiser(
-        _Added(weigh, what), ("x0", "x0"), params, level, denoiser.memory, denoiser.cost
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Added:
-    weigh: Callable
-    what: str
-
-    def __call__(self, params, x, levels, cond=None, memory=None):
-        inner, measurement, strengths = params
-        same_shape(measurement, x, self.what)
-        at = linearise(inner, x, levels, cond, memory)
-        g = self.weigh(measurement, strengths, measurement.residual(at.x0), at)
-        out = at.x0, at.pull(measurement.operator.adjoint(g))
-        return out if inner.memory is None else (out, at.memory)
-
-    def check(self, params, batch, cond, alpha):
-        params[0].check(batch, cond, alpha)
 
 
 def norms(a: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:

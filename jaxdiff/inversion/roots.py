@@ -113,10 +113,3 @@ def check_memoryless(denoiser: Any, what: str) -> None:
             f"{what} evaluates rows out of order: it takes no denoiser with memory; "
             "jaxdiff.inversion.shoot does, which repeats whole runs"
         )
-
-
-def check_counts(**counts: Any) -> None:
-    """Raise ValueError unless every count is an integer of at least 1."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxdiff.arrays import as_arrays, is_concrete, jit_trees, structure_hash
 from jaxdiff.denoisers import Denoiser, check_single
-from jaxdiff.inversion.roots import NotConvergedError, check_counts, solve, tolerance
+from jaxdiff.inversion.roots import NotConvergedError, solve, tolerance
 from jaxdiff.sampling import check_call, sample
+from jaxdiff.solvers.clocks import check_order
 from jaxdiff.solvers.tableau import Tableau
 
 
@@ -43,7 +44,7 @@ def shoot(
 
     Raises ValueError for a stochastic tableau, NotConvergedError with the largest residual.
     """
-    check_counts(max_iterations=max_iterations)
+    check_order(max_iterations, None, "max_iterations")
     check_single(denoiser, "shoot")
     x, cond, denoiser, guess = (as_arrays(tree) for tree in (x, cond, denoiser, guess))
     if isinstance(tableau, Tableau) and tableau.stochastic:

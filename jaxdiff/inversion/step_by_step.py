@@ -11,7 +11,6 @@ from jaxdiff.denoisers import Denoiser, check_single
 from jaxdiff.inversion.roots import (
     METHODS,
     NotConvergedError,
-    check_counts,
     check_memoryless,
     rms,
     solve,
@@ -19,7 +18,7 @@ from jaxdiff.inversion.roots import (
 )
 from jaxdiff.predictions import PREDICTIONS
 from jaxdiff.sampling import check_call
-from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.clocks import check_choice, check_order
 from jaxdiff.solvers.tableau import Tableau
 
 
@@ -82,7 +81,8 @@ def solve_back(
     """
     check_choice("method", method, METHODS)
     check_choice("splitting", splitting, tuple(p for p in PREDICTIONS if p != "score"))
-    check_counts(max_iterations=max_iterations, sweeps=sweeps)
+    check_order(max_iterations, None, "max_iterations")
+    check_order(sweeps, None, "sweeps")
     check_single(denoiser, "solve_back")
     check_memoryless(denoiser, "solve_back")
     x, cond, denoiser, guess = (as_arrays(tree) for tree in (x, cond, denoiser, guess))

@@ -1,4 +1,4 @@
-"""Several tableaux as one: stacked, for vmap, or run in turn."""
+"""Several tableaux as one: stacked, for vmap, or run in turn; one for a denoiser of more outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxdiff.arrays import is_concrete, namespace
+from jaxdiff.solvers.clocks import check_order
 from jaxdiff.solvers.tableau import Tableau
 
 
@@ -240,3 +241,24 @@ def _align(xp: Any, arrays: Sequence[Any], leads: Sequence[int]) -> list[Any]:
 def _join_rows(xp: Any, arrays: Sequence[Any], lead: int) -> Any:
     """Concatenated rows of coefficients with `lead` axes, a sample's axes after them."""
     return xp.concatenate(_align(xp, arrays, [lead] * len(arrays)))
+
+
+def with_outputs(tableau: Tableau, outputs: int) -> Tableau:
+    """The same sampler for a denoiser of more outputs: all but the tableau's own enter no update.
+
+    The others are neither used nor converted; a control finds them in `out`. Raises ValueError for
+    fewer outputs than the tableau has.
+    """
+    check_order(outputs, 10**6, "outputs", tableau.outputs)
+    more = outputs - tableau.outputs
+    xp = namespace(tableau)
+
+    def padded(a: Any, axis: int, value: float) -> Any:
+        widths = [(0, 0)] * a.ndim
+        widths[axis] = (0, more)
+        return xp.pad(a, widths, constant_values=value)
+
+    return dataclasses.replace(
+        tableau, B=padded(tableau.B, 3, 0.0), u=padded(tableau.u, 1, 1.0),
+        w=padded(tableau.w, 1, 0.0), outputs=outputs, blind=(*tableau.blind, *((),) * more),
+    )  # fmt: skip

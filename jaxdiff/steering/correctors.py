@@ -45,6 +45,7 @@ from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.predictions import convert
 from jaxdiff.processes import Process
 from jaxdiff.rows import at
+from jaxdiff.solvers.combine import with_outputs
 from jaxdiff.solvers.tableau import Tableau
 from jaxdiff.steering.resampling import Resampler, inverse, per_sample_of
 from jaxdiff.steering.scheme import (
@@ -52,7 +53,6 @@ from jaxdiff.steering.scheme import (
     check_family,
     regrown,
     variances,
-    with_outputs,
 )
 
 BIRTH_DEATH = "birth_death"

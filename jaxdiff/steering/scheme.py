@@ -13,7 +13,6 @@ gives D and N of its steps.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,34 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.arrays import is_concrete, namespace
+from jaxdiff.arrays import is_concrete
 from jaxdiff.grids import Grid
 from jaxdiff.integrator import Carry
 from jaxdiff.predictions import PREDICTIONS
 from jaxdiff.rows import at, scale
-from jaxdiff.solvers.clocks import check_order
 from jaxdiff.solvers.tableau import Tableau
-
-
-def with_outputs(tableau: Tableau, outputs: int) -> Tableau:
-    """The same sampler for a denoiser of more outputs: all but the tableau's own enter no update.
-
-    The others are neither used nor converted; a control finds them in `out`. Raises ValueError for
-    fewer outputs than the tableau has.
-    """
-    check_order(outputs, 10**6, "outputs", tableau.outputs)
-    more = outputs - tableau.outputs
-    xp = namespace(tableau)
-
-    def padded(a: Any, axis: int, value: float) -> Any:
-        widths = [(0, 0)] * a.ndim
-        widths[axis] = (0, more)
-        return xp.pad(a, widths, constant_values=value)
-
-    return dataclasses.replace(
-        tableau, B=padded(tableau.B, 3, 0.0), u=padded(tableau.u, 1, 1.0),
-        w=padded(tableau.w, 1, 0.0), outputs=outputs, blind=(*tableau.blind, *((),) * more),
-    )  # fmt: skip
 
 
 def variances(grid: Grid, tableau: Tableau, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,9 @@ from jaxdiff.guidance.composition import Experts
 from jaxdiff.integrator import Carry, Control, RowInfo
 from jaxdiff.predictions import PREDICTIONS, convert
 from jaxdiff.solvers.clocks import check_choice
+from jaxdiff.solvers.combine import with_outputs
 from jaxdiff.solvers.tableau import Tableau
-from jaxdiff.steering.scheme import check_family, steps, variances, with_outputs
+from jaxdiff.steering.scheme import check_family, steps, variances
 
 
 class SuperpositionState(NamedTuple):
